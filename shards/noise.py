@@ -1,0 +1,197 @@
+"""The noise plan: timestep, masked positions and CompDemo halves of one view, decided once for both stages.
+
+A plan is a pure function of (seed, sample id, view) and of what may be masked. The teacher is asked about it, the
+row stores it, and the reader computes it again and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from shards.errors import PlanMismatch, UsageError
+from shards.row import Row
+
+Timesteps = Literal["stratified", "iid"]
+Unit = Literal["token", "chunk"]
+
+EPSILON = 1e-3
+"""Smallest timestep (paper: t in [eps, 1))."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseConfig:
+    """Everything that decides the noise of a dataset; kept whole in its manifest."""
+
+    seed: int = 0
+    views: int = 4
+    """Noisings per sample; epoch e trains on view e mod views."""
+    timesteps: Timesteps = "stratified"
+    """`stratified`: a sample's views cover the range evenly; `iid`: independent, as in online training."""
+    unit: Unit = "token"
+    """What is masked and split as a whole: single tokens (shared tokenizer) or chunks (cross tokenizer)."""
+    compdemo: bool = True
+    """Split the masked set into two halves, each shown while the other is predicted."""
+    demo_ratio: float = 0.5
+    """Expected share of half A."""
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise UsageError(f"views must be at least 1, got {self.views}")
+        if self.timesteps not in get_args(Timesteps):
+            raise UsageError(
+                f"timesteps must be one of {', '.join(get_args(Timesteps))}, got {self.timesteps!r}"
+            )
+        if self.unit not in get_args(Unit):
+            raise UsageError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if not 0.0 < self.demo_ratio < 1.0:
+            raise UsageError(f"demo_ratio must lie between 0 and 1, got {self.demo_ratio}")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The noise of one view. Shapes: L student positions, C chunks (0 for unit `token`)."""
+
+    t: np.float32
+    masked: np.ndarray
+    """[L] bool."""
+    half_a: np.ndarray
+    """[L] bool, a subset of `masked`."""
+    chunk_masked: np.ndarray
+    """[C] bool: chunks hidden whole, on both sides."""
+    chunk_active: np.ndarray
+    """[C] bool: masked chunks that touch no unmaskable token."""
+    chunk_half_a: np.ndarray
+    """[C] bool, a subset of `chunk_masked`."""
+
+
+def uniform01(seed: int, sample_id: str, stream: str, n: int) -> np.ndarray:
+    """`n` float64 in [0, 1), equal on every machine and a prefix of any longer draw of the same name.
+
+    Raw Philox words rather than a Generator's method, which numpy may change, or torch's, which differ by device.
+    """
+    key = hashlib.blake2b(f"{seed}|{stream}|{sample_id}".encode(), digest_size=16).digest()
+    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def timestep(u: float | np.floating, view: int, config: NoiseConfig) -> np.float32:
+    """t of a view from its uniform `u`: one `u` per sample when stratified, one per view when iid.
+
+    Stratified: t_v = eps + (1 - eps) * ((u + v / R) mod 1), so that each view's marginal is uniform.
+    """
+    if config.timesteps == "stratified":
+        u = (u + view / config.views) % 1.0
+    return np.float32(EPSILON + (1 - EPSILON) * u)
+
+
+def plan_from_uniforms(
+    t: np.float32,
+    u_mask: np.ndarray,
+    u_demo: np.ndarray,
+    maskable: np.ndarray,
+    *,
+    config: NoiseConfig,
+    chunk_start: np.ndarray | None = None,
+    chunk_length: np.ndarray | None = None,
+) -> Plan:
+    """The plan that given uniforms decide (paper: masking, CompDemo, chunk-consistent masking).
+
+    Args:
+        t: timestep; a maskable position is masked iff u_mask < 1 - (1 - t), in float32 as the reference has it.
+        u_mask: [L] uniforms, one per position.
+        u_demo: uniforms of the split, one per position ([L], unit `token`) or per chunk ([C], unit `chunk`).
+        maskable: [L] bool.
+        chunk_start, chunk_length: [C] int, disjoint student spans; required by unit `chunk`.
+
+    A chunk with one masked token is masked whole; its unmaskable tokens stay visible and silence its loss.
+    """
+    probability = np.float32(1) - (np.float32(1) - np.float32(t))
+    masked = maskable & (u_mask < probability)
+    if config.unit == "token":
+        half_a = masked & (u_demo < config.demo_ratio) if config.compdemo else np.zeros_like(masked)
+        none = np.zeros(0, dtype=bool)
+        return Plan(np.float32(t), masked, half_a, none, none, none)
+    if chunk_start is None or chunk_length is None:
+        raise ValueError("unit 'chunk' needs the chunk spans of the sample")
+    n_chunks = len(chunk_start)
+    owner = np.full(len(maskable), n_chunks)  # chunk of each position; n_chunks = none
+    for c in range(n_chunks):
+        owner[chunk_start[c] : chunk_start[c] + chunk_length[c]] = c
+    touched = np.zeros(n_chunks + 1, dtype=bool)
+    touched[owner[masked]] = True
+    prompt = np.zeros(n_chunks + 1, dtype=bool)
+    prompt[owner[~maskable]] = True
+    touched[-1] = False
+    masked = masked | (maskable & touched[owner])
+    chunk_masked = touched[:-1]
+    chunk_half_a = (
+        chunk_masked & (u_demo < config.demo_ratio) if config.compdemo else np.zeros(n_chunks, dtype=bool)
+    )
+    half_a = masked & np.append(chunk_half_a, False)[owner]
+    return Plan(np.float32(t), masked, half_a, chunk_masked, chunk_masked & ~prompt[:-1], chunk_half_a)
+
+
+def make_plan(
+    config: NoiseConfig,
+    sample_id: str,
+    view: int,
+    maskable: np.ndarray,
+    *,
+    chunk_start: np.ndarray | None = None,
+    chunk_length: np.ndarray | None = None,
+) -> Plan:
+    """The plan of one view, from Philox uniforms keyed by (seed, sample id, view). See `plan_from_uniforms`."""
+
+    def draw(stream: str, n: int) -> np.ndarray:
+        return uniform01(config.seed, sample_id, stream, n)
+
+    u = draw("t" if config.timesteps == "stratified" else f"t|{view}", 1)[0]
+    n_demo = len(maskable) if config.unit == "token" or chunk_start is None else len(chunk_start)
+    return plan_from_uniforms(
+        timestep(u, view, config),
+        draw(f"mask|{view}", len(maskable)),
+        draw(f"demo|{view}", n_demo),
+        maskable,
+        config=config,
+        chunk_start=chunk_start,
+        chunk_length=chunk_length,
+    )
+
+
+def iid_mask(seed: int, sample_id: str, stream: str, maskable: np.ndarray, t: float) -> np.ndarray:
+    """[L] bool: a fresh token mask at timestep `t`, independent of every stored view (evaluation, redrawn noise)."""
+    return maskable & (uniform01(seed, sample_id, f"{stream}|{t:.6g}", len(maskable)) < t)
+
+
+def check_plan(config: NoiseConfig, row: Row) -> None:
+    """Compute the row's plan again and compare.
+
+    Raises:
+        PlanMismatch: timestep, mask or halves differ (names sample, view and what differs).
+    """
+    chunks = row.chunks if config.unit == "chunk" else None
+    plan = make_plan(
+        config,
+        row.sample_id,
+        row.view,
+        row.maskable,
+        chunk_start=None if chunks is None else chunks.start,
+        chunk_length=None if chunks is None else chunks.length,
+    )
+    differs = [name for name, same in (
+        ("timestep", plan.t == np.float32(row.t)),
+        ("mask", np.array_equal(plan.masked, row.masked)),
+        ("halves", row.positions is None or np.array_equal(plan.half_a[row.positions.positions], row.positions.half_a)),
+        ("chunk mask", chunks is None or np.array_equal(plan.chunk_masked, chunks.masked)),
+        ("active chunks", chunks is None or np.array_equal(plan.chunk_active, chunks.active)),
+        ("chunk halves", chunks is None or np.array_equal(plan.chunk_half_a, chunks.half_a)),
+    ) if not same]  # fmt: skip
+    if differs:
+        raise PlanMismatch(
+            f"sample {row.sample_id} view {row.view}: stored {', '.join(differs)} differ from the noise plan of "
+            f"seed {config.seed}; the row was changed or made by another version: run tide precompute again"
+        )

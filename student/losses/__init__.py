@@ -1,0 +1,1 @@
+"""Pure losses on tensors, one file per family."""
