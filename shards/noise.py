@@ -85,7 +85,8 @@ def timestep(u: float | np.floating, view: int, config: NoiseConfig) -> np.float
     """
     if config.timesteps == "stratified":
         u = (u + view / config.views) % 1.0
-    return np.float32(EPSILON + (1 - EPSILON) * u)
+    below_one = np.nextafter(np.float32(1), np.float32(0))  # what float32 would round up to 1
+    return np.minimum(np.float32(EPSILON + (1 - EPSILON) * u), below_one)
 
 
 def plan_from_uniforms(

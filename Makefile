@@ -1,0 +1,48 @@
+# make demo | demo-quick | test | test-slow | lint: each does its own set-up first, and again when pyproject.toml changes.
+#   PYTHON=python3.12   the interpreter a new environment is made with (3.11 or newer)
+#   VENV=DIR            the environment to use; default: the active one, else .venv
+#   OUT=DIR             where the demo writes
+
+PYTHON ?= python3
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+OUT ?= demo-out
+BIN := $(VENV)/bin
+SETUP_FILES := pyproject.toml constraints-cpu.txt .ci/setup
+
+.PHONY: help demo demo-quick test test-slow lint clean
+
+help:
+	@echo "make demo        the whole path on real text, then a report in $(OUT)/ (minutes)"
+	@echo "make demo-quick  the same code with fewer steps"
+	@echo "make test        the fast tests;  make test-slow: the others"
+	@echo "make lint        ruff, mypy, import layers"
+
+# A full install serves the demo too, so `make demo` after `make test` installs nothing.
+$(VENV)/.tide-test: $(SETUP_FILES)
+	.ci/setup "$(PYTHON)" "$(VENV)" test
+	touch "$@" "$(VENV)/.tide-report"
+
+$(VENV)/.tide-report: $(SETUP_FILES)
+	.ci/setup "$(PYTHON)" "$(VENV)" report
+	touch "$@"
+
+demo: $(VENV)/.tide-report
+	$(BIN)/tide demo --out "$(OUT)"
+
+demo-quick: $(VENV)/.tide-report
+	$(BIN)/tide demo --quick --out "$(OUT)"
+
+test: $(VENV)/.tide-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.tide-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.tide-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

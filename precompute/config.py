@@ -1,0 +1,119 @@
+"""Settings of one precompute run: everything `tide precompute` can be told, checked once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from shards.codec import Codec, SparseCodec
+from shards.errors import UsageError
+from shards.noise import Timesteps
+from student.layout import ATTENTIONS, Attention
+
+Kind = Literal["auto", "shared", "cross"]
+LossOn = Literal["last", "assistant", "all"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Number formats a teacher can run in; a name that is not here is an error, never a guess."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecomputeConfig:
+    """One run: corpus + teacher -> logit dataset."""
+
+    teacher: str
+    """Model folder or hub id."""
+    student: str
+    """Model folder or hub id; its tokenizer and template alone are used."""
+    corpus: str
+    """Corpus SPEC: a path, a `datasets` id, or `builtin:stdlib`."""
+    out: Path
+    """Folder of the logit dataset; an unfinished one of the same configuration is resumed."""
+    views: int = 4
+    """Noisings per sample."""
+    seed: int = 0
+    """Decides timesteps, masks, CompDemo halves and the held-out split."""
+    codec: Codec = field(default_factory=SparseCodec)
+    """How distributions are stored; of no effect on a cross-tokenizer dataset, which stores chunk
+    log-probs."""
+    limit: int | None = None
+    """Read only the first rows of the corpus; None = all."""
+    shared_vocab_size: int | None = None
+    """Leading ids that a shared-tokenizer dataset compares; None = as far as the tokenizers agree (151646 in
+    the paper)."""
+    kind: Kind = "auto"
+    """`shared` or `cross` tokenizer pipeline; `auto` decides by the tokenizers."""
+    compdemo: bool = True
+    """Ask for each half of the masked tokens with the other half shown."""
+    demo_ratio: float = 0.5
+    """Expected share of half A."""
+    timesteps: Timesteps = "stratified"
+    """`stratified` over a sample's views, or `iid`."""
+    block_size: int = 32
+    """Tokens per block, in each model's own positions."""
+    loss_on: LossOn = "last"
+    """Which tokens may be masked and carry loss."""
+    holdout: float = 0.0
+    """Share of the samples kept out of training."""
+    max_dropped: float = 0.02
+    """Largest share of corpus rows that may be dropped before the run stops."""
+    teacher_attention: Attention | None = None
+    """How the teacher's streams attend; None = its family's own way."""
+    max_length: int = 512
+    """Most student tokens of a sample."""
+    max_teacher_length: int | None = None
+    """Most teacher tokens of a sample; None = 768 (shared tokenizer) or 1024 (cross tokenizer), as in the
+    paper."""
+    samples_per_part: int = 256
+    """Corpus rows per part: what an interruption can lose at most."""
+    row_tokens: int | None = None
+    """Teacher tokens per packed row, one row per forward; None = chosen by device and lengths."""
+    head_rows: int = 512
+    """Rows of logits that exist at once."""
+    dtype: str = "float32"
+    """Number format of the teacher: `float32` or `bfloat16`."""
+    device: str | None = None
+    """Torch device; None = cuda where there is one, else cpu."""
+    part: str = "0/1"
+    """`i/n`: do only the parts p with p mod n = i, for n workers that each write a folder of their own."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("kind", get_args(Kind)),
+            ("loss_on", get_args(LossOn)),
+            ("dtype", tuple(DTYPES)),
+            ("teacher_attention", (None, *ATTENTIONS)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                names = ", ".join(c for c in choices if c)
+                raise UsageError(f"{name.replace('_', '-')} must be one of {names}, got {value!r}")
+        for name in ("views", "block_size", "max_length", "samples_per_part", "head_rows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("limit", "row_tokens", "max_teacher_length", "shared_vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("holdout", "max_dropped"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(
+                    f"{name.replace('_', '-')} must lie between 0 and 1, got {getattr(self, name)}"
+                )
+        self.worker()
+
+    def worker(self) -> tuple[int, int]:
+        """(i, n) of `part`.
+
+        Raises:
+            UsageError: not of the form i/n with 0 <= i < n.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        i, n = (int(match[1]), int(match[2])) if match else (0, 0)
+        if i >= n:
+            raise UsageError(f"part must be i/n with 0 <= i < n, such as 0/4, got {self.part!r}")
+        return i, n

@@ -1,0 +1,144 @@
+"""From a sample and its noise plans to what a teacher runs: streams, pieces, and where each answer belongs.
+
+A stream hides some teacher tokens and asks for some of them. With CompDemo a view has two: pass 1 hides half
+B and shows half A, pass 2 the reverse. Both pipelines differ only in what they hide: single aligned tokens
+(shared tokenizer) or whole chunks (cross tokenizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from precompute.sample import ChunkSpans, PositionPairs, Sample
+from shards.errors import UsageError
+from shards.noise import Plan
+from student.layout import Attention, Piece, Stream, lay_out
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One noised teacher sequence of a view, all in teacher positions, with what each answer is about."""
+
+    view: int
+    hidden: np.ndarray
+    """[h] int: positions that show the mask token."""
+    asked: np.ndarray
+    """[q] int, ascending: positions to predict, all hidden."""
+    slot: np.ndarray
+    """[q] int: student position (shared tokenizer) or chunk (cross tokenizer) of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A piece to run and what its reads mean, in the order of `piece.read`. Q asked tokens."""
+
+    sample: int
+    """Which of the samples given to `make_jobs` it belongs to; 0 for a single one."""
+    piece: Piece
+    view: np.ndarray
+    """[Q] int."""
+    slot: np.ndarray
+    """[Q] int: student position or chunk."""
+    gold: np.ndarray
+    """[Q] int: true teacher token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """How a teacher is asked; the same for every sample of a dataset."""
+
+    mask_id: int
+    attention: Attention
+    block_size: int
+    """In teacher positions."""
+    shifted: bool
+    row_tokens: int
+    """Longest piece that may be made."""
+    compdemo: bool
+
+
+def questions(sample: Sample, view: int, plan: Plan, *, compdemo: bool) -> list[Question]:
+    """The one or two questions of a view (paper: CompDemo). The asked positions of pass 1 are half B, of
+    pass 2 half A."""
+    if isinstance(sample.alignment, PositionPairs):
+        hide, slot, half_a, ask = _positions(sample.alignment, plan)
+    else:
+        hide, slot, half_a, ask = _chunks(sample.alignment, plan)
+    passes = (~half_a, half_a) if compdemo else (np.ones_like(half_a),)
+    return [Question(view, hide[p], hide[p & ask], slot[p & ask]) for p in passes]
+
+
+def _positions(pairs: PositionPairs, plan: Plan) -> tuple[np.ndarray, ...]:
+    """Masked pairs: teacher position, student position, in half A, asked. A masked token without a pair is no
+    token of the teacher's, so nothing of it is shown."""
+    masked = plan.masked[pairs.student]
+    student = pairs.student[masked]
+    return pairs.teacher[masked], student, plan.half_a[student], np.ones(len(student), dtype=bool)
+
+
+def _chunks(spans: ChunkSpans, plan: Plan) -> tuple[np.ndarray, ...]:
+    """Teacher tokens of masked chunks: position, chunk, in half A, asked (active chunks alone carry loss)."""
+    chunk = np.repeat(np.arange(len(spans.teacher_start)), spans.teacher_length)
+    first = np.cumsum(spans.teacher_length) - spans.teacher_length
+    token = spans.teacher_start[chunk] + np.arange(len(chunk)) - first[chunk]
+    masked = plan.chunk_masked[chunk]
+    chunk = chunk[masked]
+    return token[masked], chunk, plan.chunk_half_a[chunk], plan.chunk_active[chunk]
+
+
+def make_jobs(sample: Sample, plans: Sequence[Plan], asking: Asking, *, index: int = 0) -> list[Job]:
+    """Everything a sample's views ask, as one piece if it fits `row_tokens`, else as few as do.
+
+    Each piece of a staircase teacher carries the clean stream again, which is why they are kept together.
+
+    Raises:
+        UsageError: a single question is longer than `row_tokens` (names the sample and the flag).
+    """
+    asked = [
+        q
+        for view, plan in enumerate(plans)
+        for q in questions(sample, view, plan, compdemo=asking.compdemo)
+        if len(q.asked)
+    ]
+    jobs: list[Job] = []
+    start = 0
+    while start < len(asked):
+        end, piece = len(asked), _lay_out(sample, asked[start:], asking)
+        while len(piece) > asking.row_tokens and end > start + 1:
+            end -= 1
+            piece = _lay_out(sample, asked[start:end], asking)
+        if len(piece) > asking.row_tokens:
+            raise UsageError(
+                f"sample {sample.sample_id} needs {len(piece)} teacher tokens for view {asked[start].view}, "
+                f"--row-tokens allows {asking.row_tokens}: raise it or set --teacher-max-length"
+            )
+        together = asked[start:end]
+        jobs.append(
+            Job(
+                sample=index,
+                piece=piece,
+                view=np.repeat([q.view for q in together], [len(q.asked) for q in together]),
+                slot=np.concatenate([q.slot for q in together]),
+                gold=sample.teacher_ids[np.concatenate([q.asked for q in together])],
+            )
+        )
+        start = end
+    return jobs
+
+
+def _lay_out(sample: Sample, asked: Sequence[Question], asking: Asking) -> Piece:
+    streams = []
+    for q in asked:
+        ids = sample.teacher_ids.copy()
+        ids[q.hidden] = asking.mask_id
+        streams.append(Stream(ids, q.asked))
+    return lay_out(
+        sample.teacher_ids,
+        streams,
+        attention=asking.attention,
+        block_size=asking.block_size,
+        shifted=asking.shifted,
+    )

@@ -1,0 +1,137 @@
+"""What a teacher answered, over all samples of a part, put back together as the rows of a logit dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from precompute.reduce import sum_chunks
+from precompute.sample import ChunkSpans, Sample
+from shards.noise import Plan
+from shards.row import ChunkTargets, DenseTarget, PositionTargets, Row, SparseTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """N answers, one per asked token, in any order; `target` None where only the true token's log-prob is
+    kept."""
+
+    sample: np.ndarray
+    """[N] int: which of the part's samples."""
+    view: np.ndarray
+    slot: np.ndarray
+    """[N] int: student position (shared tokenizer) or chunk (cross tokenizer)."""
+    gold_logp: np.ndarray
+    """[N] float32."""
+    target: SparseTarget | DenseTarget | None
+
+    def take(self, index: np.ndarray) -> Answers:
+        """The answers at `index`, in its order."""
+        target = self.target
+        if isinstance(target, SparseTarget):
+            counts = target.counts[index]
+            start = (np.cumsum(target.counts) - target.counts)[index]
+            entry = np.repeat(start - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+            target = SparseTarget(counts, target.ids[entry], target.logp[entry], target.tails[index])
+        elif target is not None:
+            target = DenseTarget(target.logp[index])
+        return Answers(self.sample[index], self.view[index], self.slot[index], self.gold_logp[index], target)
+
+    def split(self, bounds: np.ndarray) -> list[Answers]:
+        """Consecutive answers, cut at `bounds` [n]: n + 1 sets."""
+        target = self.target
+        targets: list[SparseTarget | DenseTarget | None] = [None] * (len(bounds) + 1)
+        if isinstance(target, SparseTarget):
+            entries = np.append(0, np.cumsum(target.counts))[bounds]
+            targets = [
+                SparseTarget(*x)
+                for x in zip(
+                    np.split(target.counts, bounds),
+                    np.split(target.ids, entries),
+                    np.split(target.logp, entries),
+                    np.split(target.tails, bounds),
+                )
+            ]
+        elif target is not None:
+            targets = [DenseTarget(x) for x in np.split(target.logp, bounds)]
+        arrays = (np.split(x, bounds) for x in (self.sample, self.view, self.slot, self.gold_logp))
+        return [Answers(*x) for x in zip(*arrays, targets)]
+
+
+def join(parts: Sequence[Answers]) -> Answers:
+    """Several sets of answers of one kind as one; at least one."""
+
+    def of(name: str) -> np.ndarray:
+        return np.concatenate([getattr(p, name) for p in parts])
+
+    def of_target(name: str) -> np.ndarray:
+        return np.concatenate([getattr(p.target, name) for p in parts])
+
+    target: SparseTarget | DenseTarget | None = parts[0].target
+    if isinstance(target, SparseTarget):
+        target = SparseTarget(*(of_target(n) for n in ("counts", "ids", "logp", "tails")))
+    elif target is not None:
+        target = DenseTarget(of_target("logp"))
+    return Answers(of("sample"), of("view"), of("slot"), of("gold_logp"), target)
+
+
+def make_rows(samples: Sequence[Sample], plans: Sequence[Sequence[Plan]], answers: Answers) -> list[Row]:
+    """Every view of every sample, in order, with what was answered about it.
+
+    Args:
+        plans: per sample, per view.
+        answers: about all of them, each asked token once.
+    """
+    order = np.lexsort((answers.slot, answers.view, answers.sample))
+    answers = answers.take(order)
+    views = len(plans[0]) if plans else 1
+    key = answers.sample.astype(np.int64) * views + answers.view
+    answered = iter(answers.split(np.searchsorted(key, np.arange(1, len(samples) * views))))
+    rows = []
+    for i, sample in enumerate(samples):
+        for v, plan in enumerate(plans[i]):
+            here = next(answered)
+            cross = isinstance(sample.alignment, ChunkSpans)
+            rows.append(
+                Row(
+                    sample_id=sample.sample_id,
+                    view=v,
+                    split=sample.split,
+                    t=float(plan.t),
+                    input_ids=sample.student_ids,
+                    real_length=sample.real_length,
+                    content_bytes=sample.content_bytes,
+                    maskable=sample.maskable,
+                    masked=plan.masked,
+                    positions=None if cross else _positions(plan, here),
+                    chunks=_chunks(sample.alignment, plan, here)
+                    if isinstance(sample.alignment, ChunkSpans)
+                    else None,
+                )
+            )
+    return rows
+
+
+def _positions(plan: Plan, here: Answers) -> PositionTargets:
+    if here.target is None:
+        raise ValueError("a shared-tokenizer row needs distributions, not gold log-probs alone")
+    return PositionTargets(
+        positions=here.slot.astype(np.int32),
+        half_a=plan.half_a[here.slot],
+        gold_logp=here.gold_logp,
+        target=here.target,
+    )
+
+
+def _chunks(spans: ChunkSpans, plan: Plan, here: Answers) -> ChunkTargets:
+    return ChunkTargets(
+        start=spans.student_start,
+        length=spans.student_length,
+        teacher_length=spans.teacher_length,
+        masked=plan.chunk_masked,
+        active=plan.chunk_active,
+        half_a=plan.chunk_half_a,
+        logp=sum_chunks(here.gold_logp, here.slot, plan.chunk_active),
+    )

@@ -1,0 +1,261 @@
+"""The loop: corpus rows in, parts of a logit dataset out.
+
+Work is cut into parts, fixed ranges of corpus rows. A part's bytes depend on the corpus, the configuration
+and the part alone, so an interrupted run goes on where it was, and any part may be made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from precompute.config import DTYPES, PrecomputeConfig
+from precompute.corpus import Corpus, open_corpus
+from precompute.engine import Targets, default_row_tokens, make_part
+from precompute.identity import manifest_config
+from precompute.inputs import Asking
+from precompute.prepare import Drop, PrepareConfig, Preparer, infer_kind
+from precompute.sample import Conversation, Sample
+from precompute.teachers.base import Teacher
+from precompute.teachers.load import load_teacher, teacher_folder
+from shards.align import Fate
+from shards.errors import CorpusError, TideError, UsageError
+from shards.manifest import Manifest
+from shards.noise import NoiseConfig
+from shards.row import Row
+from shards.writer import DatasetWriter
+from student.tokenizer import load_tokenizer
+
+Progress = Callable[[int, int | None, str], None]
+"""Called with corpus rows done, all of them (None = unknown), and what is being done."""
+
+HALF_TEMPERATURE = 2.0
+"""Chunks whose probability, tempered by this, exceeds one half are counted: Reverse CALM pulls the student
+towards their text and away from that of all others."""
+
+
+class Interrupted(TideError):
+    """Ctrl-C: what is done stays done."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Corpus rows [first, last): one part's work."""
+
+    part: int
+    first: int
+    last: int
+    conversations: list[Conversation]
+    skipped: Counter[str]
+    """Unusable corpus rows met on the way, by reason."""
+
+
+def cut(corpus: Corpus, size: int) -> Iterator[Range]:
+    """The corpus in ranges of `size` rows, the last one shorter. Reads one row ahead, so that unusable rows
+    after a range's last one belong to it."""
+    rows = iter(corpus)
+    seen: Counter[str] = Counter()
+    row, first = next(rows, None), 0
+    while row is not None:
+        taken = [row]
+        while (row := next(rows, None)) is not None and len(taken) < size:
+            taken.append(row)
+        skipped = Counter(corpus.skipped)
+        yield Range(first // size, first, first + len(taken), taken, skipped - seen)
+        seen, first = skipped, first + len(taken)
+
+
+class DropLimit:
+    """Counts corpus rows that give no sample, and stops the run when they are too many."""
+
+    def __init__(self, corpus: Corpus, most: float) -> None:
+        self.corpus, self.most = corpus, most
+        self.rows = 0
+        self.dropped: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def prepare(self, work: Range, preparer: Preparer) -> tuple[list[Sample], Counter[str]]:
+        """The samples of a range, and what was dropped, by reason.
+
+        Raises:
+            CorpusError: of all rows so far, more than `most` were dropped, or every one.
+        """
+        samples: list[Sample] = []
+        dropped = Counter(work.skipped)
+        for conversation in work.conversations:
+            made = preparer.prepare(conversation)
+            if isinstance(made, Drop):
+                dropped[made.reason] += 1
+                self.first.setdefault(made.reason, f"{conversation.source} row {conversation.index + 1}")
+            else:
+                samples.append(made)
+        self.rows += len(work.conversations) + work.skipped.total()
+        self.dropped += dropped
+        lost = self.dropped.total()
+        if lost > self.most * self.rows or lost == self.rows:
+            reason, n = self.dropped.most_common(1)[0]
+            where = self.corpus.first_skipped.get(reason) or self.first[reason]
+            raise CorpusError(
+                f"{self.corpus.spec}: {lost} of the first {self.rows} rows give no sample, {n} because: "
+                f"{reason} (first in {where}); mend the corpus, or raise --max-dropped ({self.most:g})"
+            )
+        return samples, dropped
+
+
+def make_preparer(config: PrecomputeConfig) -> Preparer:
+    """Tokenizers and templates of both models, and the pipeline that they mean."""
+    student = load_tokenizer(config.student)
+    teacher = load_tokenizer(teacher_folder(config.teacher)[0])
+    return Preparer(
+        student,
+        teacher,
+        PrepareConfig(
+            kind=infer_kind(student, teacher) if config.kind == "auto" else config.kind,
+            block_size=config.block_size,
+            student_max_length=config.max_length,
+            teacher_max_length=config.max_teacher_length,
+            loss_on=config.loss_on,
+            holdout=config.holdout,
+            seed=config.seed,
+        ),
+    )
+
+
+def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Manifest:
+    """Make a logit dataset, or what is left of it to make; returns its manifest.
+
+    Raises:
+        CorpusError: nothing usable in the corpus, or more of it dropped than `max_dropped`.
+        ModelError: a model folder that cannot be used, or a teacher whose output is not finite.
+        ConfigMismatch: `out` holds a dataset made with other settings.
+        Interrupted: Ctrl-C; the same call goes on where it was.
+    """
+    tell = progress or (lambda done, total, message: None)
+    tell(0, config.limit, "loading models")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    corpus = open_corpus(config.corpus, limit=config.limit)
+    ranges = cut(corpus, config.samples_per_part)
+    first = next(ranges, None)  # a corpus that cannot be read is found out before a teacher is loaded
+    if first is None:
+        raise CorpusError(f"{config.corpus}: no rows to use")
+    preparer = make_preparer(config)
+    teacher = load_teacher(
+        config.teacher, attention=config.teacher_attention, dtype=DTYPES[config.dtype], device=device
+    )
+    return make_dataset(config, corpus, chain([first], ranges), preparer, teacher, tell)
+
+
+def make_dataset(
+    config: PrecomputeConfig,
+    corpus: Corpus,
+    ranges: Iterator[Range],
+    preparer: Preparer,
+    teacher: Teacher,
+    progress: Progress,
+) -> Manifest:
+    """`precompute`, its corpus and models at hand."""
+    spec, kind = teacher.spec, preparer.config.kind
+    noise = NoiseConfig(
+        seed=config.seed,
+        views=config.views,
+        timesteps=config.timesteps,
+        unit="chunk" if kind == "cross" else "token",
+        compdemo=config.compdemo,
+        demo_ratio=config.demo_ratio,
+    )
+    row_tokens = config.row_tokens or default_row_tokens(
+        preparer.config.teacher_length,
+        streams=config.views * (2 if config.compdemo else 1),
+        attention=spec.attention,
+        block_size=config.block_size,
+        device=teacher.device,
+    )
+    asking = Asking(
+        mask_id=spec.mask_token_id,
+        attention=spec.attention,
+        block_size=config.block_size,
+        shifted=spec.shifted,
+        row_tokens=row_tokens,
+        compdemo=config.compdemo,
+    )
+    identity = manifest_config(
+        config,
+        corpus=corpus,
+        preparer=preparer,
+        noise=noise,
+        spec=spec,
+        row_tokens=row_tokens,
+        device=teacher.device,
+    )
+    targets = Targets(
+        codec=None if kind == "cross" else config.codec,
+        vocab_size=identity["shared_vocab_size"] or spec.vocab_size,
+        head_rows=config.head_rows,
+    )
+    worker, workers = config.worker()
+    limit = DropLimit(corpus, config.max_dropped)
+
+    def at(work: Range, done: int) -> None:
+        progress(work.first + done, config.limit, f"part {work.part}")
+
+    with DatasetWriter(config.out, kind, identity) as writer:
+        try:
+            for work in ranges:
+                done = writer.finished().get(work.part, (0, 0))
+                if work.part % workers != worker or done[1] >= work.last:
+                    continue
+                start = time.monotonic()
+                at(work, 0)
+                samples, dropped = limit.prepare(work, preparer)
+                rows, tokens = make_part(
+                    teacher,
+                    samples,
+                    noise=noise,
+                    asking=asking,
+                    targets=targets,
+                    progress=partial(at, work),
+                )
+                counts = part_report(samples, rows, dropped)
+                counts |= {"teacher_tokens": tokens, "seconds": time.monotonic() - start}
+                writer.write_part(work.part, work.first, work.last, rows, counts)
+                at(work, work.last - work.first)
+        except KeyboardInterrupt as e:
+            parts = ", ".join(map(str, sorted(writer.finished()))) or "none"
+            raise Interrupted(
+                f"interrupted; finished parts in {config.out}: {parts}; the same command goes on from there"
+            ) from e
+        if not writer.finished():
+            raise UsageError(f"part {config.part}: the corpus has no part for this worker; use fewer workers")
+        return writer.finish()
+
+
+def part_report(samples: Sequence[Sample], rows: Sequence[Row], dropped: Counter[str]) -> dict[str, Any]:
+    """Counts of a part that the totals of its rows do not show; summed over parts in the manifest.
+
+    `content_tokens` are the maskable tokens that a counterpart can be expected of, `unaligned_tokens` those
+    of them that have none, by reason.
+    """
+    unaligned: Counter[str] = sum((s.dropped for s in samples), Counter())
+    other = unaligned.pop(Fate.NOT_CONTENT.label, 0)
+    report: dict[str, Any] = {
+        "corpus_rows": len(samples) + dropped.total(),
+        "dropped": dict(dropped),
+        "content_tokens": sum(int(s.maskable.sum()) for s in samples) - other,
+        "unaligned_tokens": dict(unaligned),
+    }
+    chunks = [r.chunks.logp for r in rows if r.chunks is not None]
+    if chunks:
+        logp = np.concatenate(chunks)
+        report["active_chunks"] = len(logp)
+        report["chunks_above_half"] = int((np.exp(logp / HALF_TEMPERATURE) > 0.5).sum())
+    return report

@@ -1,0 +1,96 @@
+"""What a teacher is: hidden states at the asked places of packed rows, and a head that turns them into
+logits.
+
+The loop never sees a model: it asks for hidden states at `read`, and for logits of a few rows at a time, so
+that no [N, V] tensor is ever made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from student.attention import Coordinates
+from student.forward import hidden_at
+from student.layout import Attention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSpec:
+    """A teacher's identity and how it is asked; kept in the manifest."""
+
+    name: str
+    """Folder name or hub id."""
+    revision: str | None
+    """Commit on the hub; None for a local folder."""
+    architecture: str
+    """Model type as its config.json names it."""
+    attention: Attention
+    """How its streams see one another."""
+    mask_token_id: int
+    vocab_size: int
+    """Columns of its logits."""
+    shifted: bool
+    """The output at i - 1 predicts position i."""
+    dtype: str
+    """Number format it runs in: `float32` or `bfloat16`."""
+    weights_hash: str
+    """sha256 over its safetensors files, names and contents."""
+
+
+class Teacher(Protocol):
+    """A frozen model that predicts masked tokens. Shapes: R rows, P tokens in a row, Q asked places, H, V."""
+
+    @property
+    def spec(self) -> TeacherSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def hidden(self, ids: Tensor, position: Tensor, at: Coordinates, read: Tensor) -> Tensor:
+        """[Q, H]: last hidden states at `read`, flat indices into the [R, P] rows `ids`, `position` and
+        `at`."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[q, V] float32 logits of [q, H] hidden states."""
+        ...
+
+
+class TransformersTeacher:
+    """Any decoder-only transformers model as a teacher: frozen, in eval mode, without gradients."""
+
+    def __init__(self, model: Any, spec: TeacherSpec) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._spec = spec
+
+    @property
+    def spec(self) -> TeacherSpec:
+        return self._spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor, position: Tensor, at: Coordinates, read: Tensor) -> Tensor:
+        return hidden_at(self.model, ids, position, at, read, self._spec.attention)
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden).float()
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the names and contents of a folder's safetensors files, in name order."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as f:
+            content = hashlib.file_digest(f, "sha256").hexdigest()
+        total.update(f"{file.name} {content}\n".encode())
+    return total.hexdigest()

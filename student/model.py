@@ -1,0 +1,172 @@
+"""The student network `a2d-qwen3`: transformers' Qwen3, bidirectional, logits only where they are read.
+
+Importing this module registers the family with the Auto classes. Weights, names and config fields are
+Qwen3's, so any Qwen3 checkpoint is a starting point and published a2d-qwen3 students load unchanged.
+Attention is bidirectional over a 2D padding mask; a 4D mask or a FlexAttention BlockMask
+(`student.attention`) is used as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging as hf_logging
+
+from shards.errors import ModelError
+from student.tokenizer import load_tokenizer
+
+ACCEPTED = ("a2d-qwen3", "qwen3")
+"""Values of `model_type` that a student can start from."""
+
+
+class A2DQwen3Config(Qwen3Config):
+    """Qwen3's configuration under the student's model type."""
+
+    model_type = "a2d-qwen3"
+    is_causal = False  # transformers builds bidirectional masks for a config that says so
+
+
+class A2DQwen3Model(Qwen3Model):
+    """Qwen3's decoder stack with bidirectional attention."""
+
+    config_class = A2DQwen3Config
+
+    def __init__(self, config: A2DQwen3Config) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False  # without a mask, SDPA and flash attention ask the module
+
+
+class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
+    """The student with its head. Output i predicts token i (not the next one)."""
+
+    config_class = A2DQwen3Config
+
+    def __init__(self, config: A2DQwen3Config) -> None:
+        super().__init__(config)
+        self.model = A2DQwen3Model(config)
+        self.loss_type = "ForMaskedLM"  # `labels`, where a caller passes them, are not shifted
+        self.post_init()
+
+    def forward(self, input_ids: Tensor | None = None, *, read: Tensor | None = None, **kwargs: Any) -> Any:
+        """As Qwen3ForCausalLM's; with `read`, logits are made at those tokens alone.
+
+        Args:
+            read: [N] int64 into the flattened [R * P] tokens; `logits` is then [N, V]. Going through
+                `forward` keeps wrappers (DDP, FSDP, autocast) in the loop.
+        """
+        if read is None:
+            return super().forward(input_ids=input_ids, **kwargs)
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden.flatten(0, 1)[read]))
+
+
+AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
+AutoModel.register(A2DQwen3Config, A2DQwen3Model, exist_ok=True)
+AutoModelForCausalLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)
+AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)
+
+
+def load_student(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> tuple[A2DQwen3LMHeadModel, Any]:
+    """A student and its tokenizer from a transformers folder or hub id.
+
+    A Qwen3 autoregressive checkpoint becomes an a2d-qwen3 student with the same weights. Where the tokenizer
+    has more ids than the embedding (an added mask token), the embedding grows and the new rows start as the
+    mean row.
+
+    Args:
+        dtype: of the weights; training keeps float32 and computes in bfloat16 by autocast.
+        attention: transformers' attention implementation; None = `flex_attention` on CUDA, else `sdpa`.
+
+    Raises:
+        ModelError: no such folder, an unknown family (names `model_type` and what is accepted), missing
+        weights, or
+            no usable tokenizer.
+    """
+    if attention is None:
+        attention = "flex_attention" if torch.cuda.is_available() else "sdpa"
+    config = _config(path)
+    tokenizer = load_tokenizer(path)
+    try:
+        with without_progress_bar():
+            model, info = A2DQwen3LMHeadModel.from_pretrained(
+                str(path), config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError) as e:
+        reason = (str(e) or type(e).__name__).strip().splitlines()[0]
+        raise ModelError(
+            f"{path}: weights cannot be loaded ({reason}); the folder needs safetensors files"
+        ) from e
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(
+            f"{path}: {len(info['missing_keys'])} weights missing ({some}, ...); the checkpoint is incomplete"
+        )
+    _grow(model, len(tokenizer))
+    return model, tokenizer
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Silences the library's bars for loading and writing files; they would cut through our lines."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _config(path: str | Path) -> A2DQwen3Config:
+    folder = Path(path).expanduser()
+    looks_local = folder.exists() or Path(path).is_absolute() or str(path).count("/") != 1
+    if looks_local and not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "no such model folder"
+        raise ModelError(f"{path}: {what}; pass a transformers folder (config.json, safetensors, tokenizer)")
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as e:
+        reason = (str(e) or type(e).__name__).strip().splitlines()[0]
+        raise ModelError(
+            f"{path}: config.json cannot be read ({reason}); accepted model_type: {', '.join(ACCEPTED)}"
+        ) from e
+    if config.model_type not in ACCEPTED:
+        raise ModelError(
+            f"{path}: model_type {config.model_type!r} is not a student family; accepted: "
+            f"{', '.join(ACCEPTED)}"
+        )
+    if config.model_type == A2DQwen3Config.model_type:
+        return config
+    fields = config.to_dict()
+    for name in ("model_type", "architectures"):
+        fields.pop(name, None)
+    return A2DQwen3Config(**fields)
+
+
+def _grow(model: A2DQwen3LMHeadModel, size: int) -> None:
+    """Grow the vocabulary to `size`; new rows are the mean of the old: loading draws nothing random."""
+    old = model.config.vocab_size
+    if size <= old:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].mean(dim=0)

@@ -1,0 +1,62 @@
+"""The student's tokenizer: loading it with the ids diffusion needs, and the hash that ties a dataset to
+it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from shards.errors import ModelError
+
+MASK_TOKEN = "<|mask|>"
+"""Content of the mask token that is added to a tokenizer without one (the released a2d-qwen3 students use it
+too)."""
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The fast tokenizer of a model folder or hub id, with mask, eos and pad ids.
+
+    A missing mask token is added (`MASK_TOKEN`), a missing pad token is set to eos. The result depends on the
+    folder alone, so that both stages see equal ids and equal hashes.
+
+    Raises:
+        ModelError: no tokenizer there, no `tokenizer.json` form of it, or no eos token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ModelError(
+            f"{path}: no tokenizer found ({_first_line(e)}); a model folder needs tokenizer.json and "
+            "tokenizer_config.json"
+        ) from e
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(f"{path}: the tokenizer has no tokenizer.json form; convert it to a fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: the tokenizer has no eos token; set eos_token in tokenizer_config.json")
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 (hex) of what decides ids: model, normalizer, pre-tokenizer, added tokens, special ids.
+
+    Left out: what a call changes (truncation, padding), what acts on finished ids (post-processor, decoder),
+    and the chat template. Equal before and after `save_pretrained`.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    decides: dict[str, Any] = {name: spec.get(name) for name in ("model", "normalizer", "pre_tokenizer")}
+    decides["added_tokens"] = sorted((t["id"], t["content"]) for t in spec.get("added_tokens") or ())
+    decides["special_ids"] = [tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    text = json.dumps(decides, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).strip().splitlines()[0]

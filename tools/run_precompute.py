@@ -1,0 +1,127 @@
+"""`tide precompute`: corpus + teacher -> logit dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shards.errors import UsageError
+from tools.console import Output, Progress
+from tools.options import Config, Json, numbers, opt, saved_options
+
+TEXT, NOISE, TARGETS, WORK = "Text", "Noise", "Teacher and targets", "Work"
+Attention = Annotated[
+    str | None,
+    opt(
+        "How the teacher attends (default: its family's way).",
+        "staircase|bidirectional|block-causal|causal",
+        TARGETS,
+    ),
+]
+
+
+def precompute(
+    ctx: typer.Context,
+    teacher: Annotated[str, opt("Teacher: model folder or hub id.", "DIR|ID")],
+    student: Annotated[str, opt("Student: its tokenizer and chat template make the samples.", "DIR|ID")],
+    corpus: Annotated[str, opt("JSONL or Parquet path, `datasets` id, or builtin:stdlib.", "SPEC")],
+    out: Annotated[Path, opt("Folder of the logit dataset; an unfinished one is resumed.", "DIR")],
+    limit: Annotated[int | None, opt("Read only the first N corpus rows (default: all).", "N", TEXT)] = None,
+    holdout: Annotated[
+        float, opt("Share of samples kept out of training, for tide eval.", "SHARE", TEXT)
+    ] = 0.0,
+    max_dropped: Annotated[float, opt("Stop if more than this share is unusable.", "SHARE", TEXT)] = 0.02,
+    loss_on: Annotated[
+        str, opt("Tokens that are masked and carry loss.", "last|assistant|all", TEXT)
+    ] = "last",
+    student_max_length: Annotated[int, opt("Longest student sample.", "TOKENS", TEXT)] = 512,
+    teacher_max_length: Annotated[
+        int | None, opt("Longest teacher sample (default: 768 shared, 1024 cross).", "TOKENS", TEXT)
+    ] = None,
+    views: Annotated[int, opt("Noisings per sample.", "R", NOISE)] = 4,
+    seed: Annotated[int, opt("Decides timesteps, masks, halves and hold-out.", "S", NOISE)] = 0,
+    timesteps: Annotated[str, opt("Timesteps of a sample's views.", "stratified|iid", NOISE)] = "stratified",
+    block_size: Annotated[int, opt("Tokens per block.", "TOKENS", NOISE)] = 32,
+    compdemo: Annotated[
+        bool, opt("Ask for each half of the masked tokens, the other shown.", None, NOISE)
+    ] = True,
+    demo_ratio: Annotated[float, opt("Expected share of the first half.", "SHARE", NOISE)] = 0.5,
+    kind: Annotated[
+        str, opt("Tokenizer pipeline; auto compares the two.", "auto|shared|cross", TARGETS)
+    ] = "auto",
+    codec: Annotated[
+        str, opt("How distributions are stored (kind shared).", "sparse|dense", TARGETS)
+    ] = "sparse",
+    head_entries: Annotated[int, opt("Sparse: most tokens kept per position.", "K", TARGETS)] = 64,
+    tail_bound: Annotated[
+        float, opt("Sparse: keep fewer once only this mass is left.", "MASS", TARGETS)
+    ] = 1e-3,
+    temperatures: Annotated[str, opt("Sparse: temperatures training may use.", "T,T", TARGETS)] = "1,2",
+    teacher_attention: Attention = None,
+    part: Annotated[str, opt("Do every N-th part from I = 0: N workers, one --out.", "I/N", WORK)] = "0/1",
+    samples_per_part: Annotated[int, opt("Corpus rows per part; a stop loses one part.", "N", WORK)] = 256,
+    row_tokens: Annotated[
+        int | None, opt("Packed teacher row (default: by device and length).", "TOKENS", WORK)
+    ] = None,
+    dtype: Annotated[str, opt("The teacher's number format.", "float32|bfloat16", WORK)] = "float32",
+    device: Annotated[str | None, opt("Torch device (default: cuda, else cpu).", "NAME", WORK)] = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Run a teacher over masked samples and write what it says as a logit dataset.
+
+    Stopped at any moment, the same command goes on where it was.
+    """
+    from precompute.config import PrecomputeConfig
+    from precompute.runner import precompute as run
+    from shards.codec import DenseCodec, SparseCodec
+
+    if codec not in ("sparse", "dense"):
+        raise UsageError(f"codec must be one of sparse, dense, got {codec!r}")
+    sparse = SparseCodec(
+        cap=head_entries, tail_bound=tail_bound, temperatures=numbers(temperatures, "temperatures")
+    )
+    settings = PrecomputeConfig(
+        teacher=teacher,
+        student=student,
+        corpus=corpus,
+        out=out,
+        limit=limit,
+        holdout=holdout,
+        max_dropped=max_dropped,
+        loss_on=loss_on,  # type: ignore[arg-type]
+        max_length=student_max_length,
+        max_teacher_length=teacher_max_length,
+        views=views,
+        seed=seed,
+        timesteps=timesteps,  # type: ignore[arg-type]
+        block_size=block_size,
+        compdemo=compdemo,
+        demo_ratio=demo_ratio,
+        kind=kind,  # type: ignore[arg-type]
+        codec=sparse if codec == "sparse" else DenseCodec(),
+        teacher_attention=teacher_attention,  # type: ignore[arg-type]
+        part=part,
+        samples_per_part=samples_per_part,
+        row_tokens=row_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    with saved_options(ctx, out / "tide-precompute.yaml") as saved, Progress() as progress:
+        manifest = run(settings, saved(progress.line("precompute", "corpus rows")))
+    output, totals = Output(as_json=json), manifest.totals
+    samples = ", ".join(f"{n:,} {split}" for split, n in totals["samples"].items())
+    size = f"{totals['rows']:,} rows of {samples} samples, {totals['bytes'] / 1e6:,.1f} MB"
+    output.say(f"{out}: {size}, kind {manifest.kind}")
+    output.result(
+        {
+            "command": "precompute",
+            "out": out,
+            "kind": manifest.kind,
+            "identity": manifest.identity,
+            "totals": totals,
+            "report": manifest.report,
+        }
+    )
