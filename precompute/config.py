@@ -60,7 +60,7 @@ class PrecomputeConfig:
     holdout: float = 0.0
     """Share of the samples kept out of training."""
     max_dropped: float = 0.02
-    """Largest share of corpus rows that may be dropped before the run stops."""
+    """Largest share of target tokens without a teacher counterpart before the run stops."""
     teacher_attention: Attention | None = None
     """How the teacher's streams attend; None = its family's own way."""
     max_length: int = 512

@@ -6,7 +6,6 @@ and the part alone, so an interrupted run goes on where it was, and any part may
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,19 +75,25 @@ def cut(corpus: Corpus, size: int) -> Iterator[Range]:
 
 
 class DropLimit:
-    """Counts corpus rows that give no sample, and stops the run when they are too many."""
+    """Counts what is lost on the way to the teacher, and stops the run when it is too much.
+
+    Corpus rows that give no sample (too long, malformed) are counted and reported. Target tokens without a
+    teacher counterpart are counted against a limit: they say that tokenizers or templates do not fit.
+    """
 
     def __init__(self, corpus: Corpus, most: float) -> None:
         self.corpus, self.most = corpus, most
         self.rows = 0
         self.dropped: Counter[str] = Counter()
         self.first: dict[str, str] = {}
+        self.content_tokens = 0
+        self.unaligned: Counter[str] = Counter()
 
     def prepare(self, work: Range, preparer: Preparer) -> tuple[list[Sample], Counter[str]]:
-        """The samples of a range, and what was dropped, by reason.
+        """The samples of a range, and the rows that give none, by reason.
 
         Raises:
-            CorpusError: of all rows so far, more than `most` were dropped, or every one.
+            CorpusError: of all target tokens so far, more than `most` are unaligned, or no row gave a sample.
         """
         samples: list[Sample] = []
         dropped = Counter(work.skipped)
@@ -101,15 +106,32 @@ class DropLimit:
                 samples.append(made)
         self.rows += len(work.conversations) + work.skipped.total()
         self.dropped += dropped
-        lost = self.dropped.total()
-        if lost > self.most * self.rows or lost == self.rows:
+        content, unaligned = content_and_unaligned(samples)
+        self.content_tokens += content
+        self.unaligned += unaligned
+        if self.dropped.total() == self.rows:
             reason, n = self.dropped.most_common(1)[0]
             where = self.corpus.first_skipped.get(reason) or self.first[reason]
             raise CorpusError(
-                f"{self.corpus.spec}: {lost} of the first {self.rows} rows give no sample, {n} because: "
-                f"{reason} (first in {where}); mend the corpus, or raise --max-dropped ({self.most:g})"
+                f"{self.corpus.spec}: none of the first {self.rows} rows gives a sample, {n} because: {reason} "
+                f"(first in {where}); mend the corpus, or raise --student-max-length"
+            )
+        lost = self.unaligned.total()
+        if lost > self.most * self.content_tokens:
+            reason, n = self.unaligned.most_common(1)[0]
+            raise CorpusError(
+                f"{self.corpus.spec}: {lost} of {self.content_tokens} target tokens in the first {self.rows} rows "
+                f"have no teacher counterpart, {n} because: {reason}; look at the two chat templates and "
+                f"--teacher-max-length, or raise --max-dropped ({self.most:g})"
             )
         return samples, dropped
+
+
+def content_and_unaligned(samples: Sequence[Sample]) -> tuple[int, Counter[str]]:
+    """Maskable tokens that a teacher counterpart can be expected of, and those that have none, by reason."""
+    unaligned: Counter[str] = sum((s.dropped for s in samples), Counter())
+    other = unaligned.pop(Fate.NOT_CONTENT.label, 0)
+    return sum(int(s.maskable.sum()) for s in samples) - other, unaligned
 
 
 def make_preparer(config: PrecomputeConfig) -> Preparer:
@@ -214,7 +236,6 @@ def make_dataset(
                 done = writer.finished().get(work.part, (0, 0))
                 if work.part % workers != worker or done[1] >= work.last:
                     continue
-                start = time.monotonic()
                 at(work, 0)
                 samples, dropped = limit.prepare(work, preparer)
                 rows, tokens = make_part(
@@ -225,8 +246,7 @@ def make_dataset(
                     targets=targets,
                     progress=partial(at, work),
                 )
-                counts = part_report(samples, rows, dropped)
-                counts |= {"teacher_tokens": tokens, "seconds": time.monotonic() - start}
+                counts = part_report(samples, rows, dropped) | {"teacher_tokens": tokens}
                 writer.write_part(work.part, work.first, work.last, rows, counts)
                 at(work, work.last - work.first)
         except KeyboardInterrupt as e:
@@ -245,12 +265,11 @@ def part_report(samples: Sequence[Sample], rows: Sequence[Row], dropped: Counter
     `content_tokens` are the maskable tokens that a counterpart can be expected of, `unaligned_tokens` those
     of them that have none, by reason.
     """
-    unaligned: Counter[str] = sum((s.dropped for s in samples), Counter())
-    other = unaligned.pop(Fate.NOT_CONTENT.label, 0)
+    content, unaligned = content_and_unaligned(samples)
     report: dict[str, Any] = {
         "corpus_rows": len(samples) + dropped.total(),
         "dropped": dict(dropped),
-        "content_tokens": sum(int(s.maskable.sum()) for s in samples) - other,
+        "content_tokens": content,
         "unaligned_tokens": dict(unaligned),
     }
     chunks = [r.chunks.logp for r in rows if r.chunks is not None]

@@ -193,13 +193,6 @@ def name_of(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "name_or_path", "") or "(unnamed)")
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 over the whole fast tokenizer and the special ids that tide uses."""
-    specials = {k: getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad", "unk", "mask")}
-    text = tokenizer.backend_tokenizer.to_str() + json.dumps(specials, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def template_hash(template: str) -> str:
     """sha256 of a chat template's text."""
     return hashlib.sha256(template.encode()).hexdigest()

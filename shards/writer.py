@@ -1,8 +1,8 @@
 """Writes logit datasets: a part's shard, then its record, at last the manifest that follows from the records.
 
-A killed run loses at most the part it was writing. `parts/part-00007.json` exists only if its shard does: first
-the shard is written under a temporary name, flushed, and renamed to one that holds its hash. What no record names
-is removed by the next writer. A shard's bytes are a pure function of its rows.
+A killed run loses at most the part it was writing. `parts/part-00007.json` exists only if its shard does:
+first the shard is written under a temporary name, flushed, and renamed to one that holds its hash. What no
+record names is removed by the next writer. A shard's bytes are a pure function of its rows.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from precompute.prepare import (
     split_of,
 )
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
-from precompute.tokens import EdgeTokenizer, byte_offsets, edges_from_offsets, tokenizer_hash
+from precompute.tokens import EdgeTokenizer, byte_offsets, edges_from_offsets
 from shards.align import Region, align_chunks, outer_spans
 from shards.errors import UsageError
 
@@ -191,13 +191,6 @@ def test_tokenizer_that_is_not_byte_level(
 def test_slow_tokenizer_is_refused() -> None:
     with pytest.raises(UsageError, match="no fast backend"):
         EdgeTokenizer(object())
-
-
-def test_tokenizer_hash_sees_special_ids(student_tokenizer: PreTrainedTokenizerFast) -> None:
-    template = student_tokenizer.chat_template
-    other = as_shared(student_tokenizer, template)
-    assert tokenizer_hash(other) != tokenizer_hash(student_tokenizer)
-    assert tokenizer_hash(other) == tokenizer_hash(as_shared(student_tokenizer, "another"))
 
 
 def shared(tokenizer: PreTrainedTokenizerFast, **options: Any) -> Preparer:

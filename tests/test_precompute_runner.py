@@ -260,9 +260,7 @@ def test_a_crash_loses_one_part_and_the_same_command_goes_on(
     assert min(c for c in calls if c) >= 4  # the first part was not made again
     assert digests(config.out) == digests(tmp_path / "whole")
     assert (resumed.identity, resumed.totals) == (whole.identity, whole.totals)
-    assert {k: v for k, v in resumed.report.items() if k != "seconds"} == {
-        k: v for k, v in whole.report.items() if k != "seconds"
-    }
+    assert resumed.report == whole.report
 
 
 @pytest.mark.slow
@@ -331,15 +329,12 @@ def test_other_settings_are_refused(make: Any) -> None:
         precompute(make(limit=2, seed=1))
 
 
-def test_drops_are_counted_and_limited(make: Any, tmp_path: Path) -> None:
-    """Unusable rows of the file and unusable conversations alike; the message names the leading reason
-    and its place."""
+def test_unusable_rows_are_counted(make: Any, tmp_path: Path) -> None:
+    """Unusable rows of the file and unusable conversations alike, by reason."""
     no_answer = {"messages": [{"role": "user", "content": "hello"}]}
     rows = [conversation(0), no_answer, conversation(1), {"txt": "?"}, no_answer]
     corpus = write_corpus(tmp_path / "holes.jsonl", rows + [conversation(i) for i in range(2, 6)])
-    with pytest.raises(CorpusError, match=r"give no sample, .*assistant.* \(first in holes\.jsonl row 2\);"):
-        precompute(make(corpus=str(corpus)))
-    manifest = precompute(make(corpus=str(corpus), max_dropped=0.6))
+    manifest = precompute(make(corpus=str(corpus)))
     assert manifest.totals["rows"] == 12
     assert manifest.report["corpus_rows"] == 9
     assert Counter(manifest.report["dropped"]).total() == 3
@@ -348,7 +343,7 @@ def test_drops_are_counted_and_limited(make: Any, tmp_path: Path) -> None:
 
 def test_nothing_usable_stops_whatever_the_limit(make: Any, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "none.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
-    with pytest.raises(CorpusError, match="1 of the first 1 rows give no sample"):
+    with pytest.raises(CorpusError, match=r"none of the first 1 rows gives a sample, 1 because: .*assistant"):
         precompute(make(corpus=str(corpus), max_dropped=1.0))
 
 

@@ -95,7 +95,7 @@ class Progress:
         self, title: str, done: float, total: float | None = None, *, unit: str = "steps", note: str = ""
     ) -> None:
         """`done` of `total` (None = not known) on the line of this title; its first call starts the clock."""
-        count = f"{done:,.0f}{'' if total is None else f'/{total:,.0f}'} {unit}"
+        count = f"{int(done):,}{'' if total is None else f'/{total:,.0f}'} {unit}"
         if self._bars:
             if title not in self._tasks:
                 self._tasks[title] = self._bars.add_task(
@@ -112,10 +112,11 @@ class Progress:
     def _print(self, title: str, done: float, total: float | None, count: str, unit: str, note: str) -> None:
         now = time.monotonic()
         start, first = self._began.setdefault(title, (now, done))
-        if now - self._printed < PLAIN_INTERVAL_S or now == start:
+        if now - self._printed < PLAIN_INTERVAL_S:
             return
         self._printed = now
-        speed = (done - first) / (now - start)
+        # A rate over less than a second says nothing.
+        speed = (done - first) / (now - start) if now - start > 1 else 0.0
         left = f"{(total - done) / speed:,.0f} s left" if total is not None and speed > 0 else ""
         shown = ", ".join(filter(None, (count, rate(speed, unit), left, note)))
         print(f"{title}: {shown}", file=sys.stderr, flush=True)

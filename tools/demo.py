@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tools.workers import Event, Job, Report, run_jobs
+from tools.workers import Job, Report, run_jobs
 
 BLOCK = 8
 HOLDOUT = 0.2
@@ -96,40 +96,32 @@ def run_demo(out: Path, *, size: DemoSize, seed: int, progress: Callable[..., No
     began = time.monotonic()
     seconds: dict[str, float] = {}
 
-    def stage(name: str, jobs: list[Job], unit: str) -> dict[str, Any]:
+    def stage(name: str, jobs: list[Job]) -> dict[str, Any]:
         start = time.monotonic()
-        done = {job.name: (0, 1) for job in jobs}
-
-        def on_event(event: Event) -> None:
-            done[event.job] = (event.done, event.total)
-            share = sum(d / max(t, 1) for d, t in done.values())
-            progress(name, share, len(jobs), unit=unit, note=f"{event.job}: {event.doing}")
-
-        results = run_jobs(jobs, on_event=on_event)
-        progress(name, len(jobs), len(jobs), unit=unit)
+        results = run_jobs(
+            jobs, on_event=lambda e: progress(e.job, e.done, e.total, unit="steps", note=e.doing)
+        )
         seconds[name] = time.monotonic() - start
         return results
 
     progress("reading the standard library", 0, None, unit="functions")
     make_tokenizers(out, seed)
     models = stage(
-        "training teachers and the student's start",
-        [Job(f"make {role}", make_role, {"out": str(out), "role": role, "size": size, "seed": seed}) for role in ROLES],
         "models",
+        [Job(role, make_role, {"out": str(out), "role": role, "size": size, "seed": seed}) for role in ROLES],
     )
     datasets = stage(
-        "teachers score the corpus (tide precompute)",
+        "precompute",
         [Job(d.name, score, {"out": str(out), "scored": d, "size": size, "seed": seed}) for d in DATASETS],
-        "datasets",
     )
     judged = [Job("student start", judge_start, {"out": str(out), "size": size})]
     judged += [Job("dense teacher", judge_teacher, {"out": str(out), "size": size})]
     trained = [Job(arm.name, train_arm, {"out": str(out), "arm": arm, "size": size, "seed": seed}) for arm in ARMS]
-    arms = stage("students train and are judged (tide train, tide eval)", trained + judged, "students")
+    arms = stage("students", trained + judged)
     result = {
         "seed": seed,
         "size": {name: getattr(size, name) for name in size.__dataclass_fields__},
-        "models": {name.removeprefix("make "): value for name, value in models.items()},
+        "models": models,
         "datasets": datasets,
         "reference": {name: arms.pop(name) for name in ("student start", "dense teacher")},
         "arms": arms,
@@ -240,7 +232,6 @@ def score(*, out: str, scored: Scored, size: DemoSize, seed: int, report: Report
         holdout=HOLDOUT,
         max_length=size.max_length,
         max_teacher_length=2 * size.max_length,
-        max_dropped=1.0,
         device="cpu",
     )
     manifest = precompute(config, lambda done, total, what: report(done, total or size.conversations, what))

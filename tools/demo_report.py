@@ -209,10 +209,12 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         "Two teachers and a student start were trained on functions of Python's standard library; each teacher scored "
         "masked samples once (tide precompute); students learnt from the stored logit datasets alone (tide train) and "
         "are judged on modules that nobody saw.\n\n"
-        f"Whole run: {result['seconds']:.0f} s. " + " ".join(findings(judged))
+        f"Whole run: {result['seconds']:.0f} s. "
     )
     if quick:
-        intro += "\n\nThis is a quick run: it shows that every stage works. Its numbers mean nothing."
+        intro += "This is a quick run: it shows that every stage works. Its numbers mean nothing."
+    else:
+        intro += " ".join(findings(judged))
     return write_report(
         path,
         title="tide demo",
