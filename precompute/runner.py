@@ -113,15 +113,15 @@ class DropLimit:
             reason, n = self.dropped.most_common(1)[0]
             where = self.corpus.first_skipped.get(reason) or self.first[reason]
             raise CorpusError(
-                f"{self.corpus.spec}: none of the first {self.rows} rows gives a sample, {n} because: {reason} "
-                f"(first in {where}); mend the corpus, or raise --student-max-length"
+                f"{self.corpus.spec}: none of the first {self.rows} rows gives a sample, {n} because: "
+                f"{reason} (first in {where}); mend the corpus, or raise --student-max-length"
             )
         lost = self.unaligned.total()
         if lost > self.most * self.content_tokens:
             reason, n = self.unaligned.most_common(1)[0]
             raise CorpusError(
-                f"{self.corpus.spec}: {lost} of {self.content_tokens} target tokens in the first {self.rows} rows "
-                f"have no teacher counterpart, {n} because: {reason}; look at the two chat templates and "
+                f"{self.corpus.spec}: {lost} of {self.content_tokens} target tokens in the first {self.rows} "
+                f"rows have no teacher counterpart, {n} because: {reason}; look at the two chat templates and "
                 f"--teacher-max-length, or raise --max-dropped ({self.most:g})"
             )
         return samples, dropped

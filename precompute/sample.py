@@ -24,12 +24,14 @@ class Conversation:
     index: int
     """Row in that source."""
     group: str | None = None
-    """Rows of one group stay on one side of the held-out split (a module, a repository); None = on its own."""
+    """Rows of one group stay on one side of the held-out split (a module, a repository); None = on its
+    own."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkSpans:
-    """Alignment across tokenizers: chunks over the same bytes, in order. All [C] int32, half-open spans by length."""
+    """Alignment across tokenizers: chunks over the same bytes, in order. All [C] int32, half-open spans by
+    length."""
 
     student_start: np.ndarray
     student_length: np.ndarray

@@ -2,7 +2,8 @@
 
 
 class TideError(Exception):
-    """Base of all errors with a message meant for the user. The command line prints it alone and exits with 1."""
+    """Base of all errors with a message meant for the user. The command line prints it alone and exits with
+    1."""
 
     exit_code = 1
 

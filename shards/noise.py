@@ -1,7 +1,7 @@
 """The noise plan: timestep, masked positions and CompDemo halves of one view, decided once for both stages.
 
-A plan is a pure function of (seed, sample id, view) and of what may be masked. The teacher is asked about it, the
-row stores it, and the reader computes it again and compares.
+A plan is a pure function of (seed, sample id, view) and of what may be masked. The teacher is asked about
+it, the row stores it, and the reader computes it again and compares.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Plan:
 def uniform01(seed: int, sample_id: str, stream: str, n: int) -> np.ndarray:
     """`n` float64 in [0, 1), equal on every machine and a prefix of any longer draw of the same name.
 
-    Raw Philox words rather than a Generator's method, which numpy may change, or torch's, which differ by device.
+    Raw Philox words rather than a Generator's method, which numpy may change, or torch's, which differ by
+    device.
     """
     key = hashlib.blake2b(f"{seed}|{stream}|{sample_id}".encode(), digest_size=16).digest()
     words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(n)
@@ -102,7 +103,8 @@ def plan_from_uniforms(
     """The plan that given uniforms decide (paper: masking, CompDemo, chunk-consistent masking).
 
     Args:
-        t: timestep; a maskable position is masked iff u_mask < 1 - (1 - t), in float32 as the reference has it.
+        t: timestep; a maskable position is masked iff u_mask < 1 - (1 - t), in float32 (as the
+            paper's implementation has it).
         u_mask: [L] uniforms, one per position.
         u_demo: uniforms of the split, one per position ([L], unit `token`) or per chunk ([C], unit `chunk`).
         maskable: [L] bool.
@@ -145,7 +147,7 @@ def make_plan(
     chunk_start: np.ndarray | None = None,
     chunk_length: np.ndarray | None = None,
 ) -> Plan:
-    """The plan of one view, from Philox uniforms keyed by (seed, sample id, view). See `plan_from_uniforms`."""
+    """The plan of one view, from uniforms keyed by (seed, sample id, view). See `plan_from_uniforms`."""
 
     def draw(stream: str, n: int) -> np.ndarray:
         return uniform01(config.seed, sample_id, stream, n)
@@ -164,7 +166,7 @@ def make_plan(
 
 
 def iid_mask(seed: int, sample_id: str, stream: str, maskable: np.ndarray, t: float) -> np.ndarray:
-    """[L] bool: a fresh token mask at timestep `t`, independent of every stored view (evaluation, redrawn noise)."""
+    """[L] bool: a fresh token mask at timestep `t`, independent of every stored view."""
     return maskable & (uniform01(seed, sample_id, f"{stream}|{t:.6g}", len(maskable)) < t)
 
 
@@ -183,16 +185,17 @@ def check_plan(config: NoiseConfig, row: Row) -> None:
         chunk_start=None if chunks is None else chunks.start,
         chunk_length=None if chunks is None else chunks.length,
     )
+    at = row.positions
     differs = [name for name, same in (
         ("timestep", plan.t == np.float32(row.t)),
         ("mask", np.array_equal(plan.masked, row.masked)),
-        ("halves", row.positions is None or np.array_equal(plan.half_a[row.positions.positions], row.positions.half_a)),
+        ("halves", at is None or np.array_equal(plan.half_a[at.positions], at.half_a)),
         ("chunk mask", chunks is None or np.array_equal(plan.chunk_masked, chunks.masked)),
         ("active chunks", chunks is None or np.array_equal(plan.chunk_active, chunks.active)),
         ("chunk halves", chunks is None or np.array_equal(plan.chunk_half_a, chunks.half_a)),
     ) if not same]  # fmt: skip
     if differs:
         raise PlanMismatch(
-            f"sample {row.sample_id} view {row.view}: stored {', '.join(differs)} differ from the noise plan of "
-            f"seed {config.seed}; the row was changed or made by another version: run tide precompute again"
+            f"sample {row.sample_id} view {row.view}: stored {', '.join(differs)} differ from the noise plan "
+            f"of seed {config.seed}; the row was changed or made by another version: run tide precompute again"
         )

@@ -13,7 +13,8 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SparseTarget:
-    """Head of the teacher's distribution at each distilled position, normalised over the shared vocabulary."""
+    """Head of the teacher's distribution at each distilled position, normalised over the shared
+    vocabulary."""
 
     counts: np.ndarray
     """[N] int32: entries kept at each position, at least 1."""
@@ -22,7 +23,8 @@ class SparseTarget:
     logp: np.ndarray
     """[K] float32: their log-probs at temperature 1."""
     tails: np.ndarray
-    """[N, number of temperatures] float32: log of the sum of p^(1/T) over the tokens not kept; -inf = no such token."""
+    """[N, number of temperatures] float32: log of the sum of p^(1/T) over the tokens not kept; -inf = no
+    such token."""
 
 
 @dataclass(frozen=True, slots=True)

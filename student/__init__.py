@@ -1,1 +1,2 @@
-"""The student: packed layout, attention predicate, model, objectives, trainer, evaluation. Knows no teacher."""
+"""The student: packed layout, attention predicate, model, objectives, trainer, evaluation. Knows no
+teacher."""

@@ -1,4 +1,5 @@
-"""The attention predicate: one rule for student, teacher, training and evaluation (BD3LM section 3; DESIGN 6).
+"""The attention predicate: one rule for student, teacher, training and evaluation (BD3LM section 3; DESIGN
+6).
 
 Every token carries (sample s, stream v, block b, order o). A query may attend to a key iff s_q = s_k and
 
@@ -51,7 +52,8 @@ def dense_mask(attention: Attention, at: Coordinates) -> Tensor:
 
 
 def block_mask(attention: Attention, at: Coordinates) -> Any:
-    """FlexAttention BlockMask of the same predicate (CUDA), which skips the empty tiles. `at` holds [R, P] tensors."""
+    """FlexAttention BlockMask of the same predicate (CUDA), which skips the empty tiles. `at` holds [R, P]
+    tensors."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Packed sequences: which tokens the network runs, and where each asked output is read. numpy only.
 
-A sample becomes a *piece*: its clean stream (v = 0) and any number of noisy streams (v >= 1), each token with its
-coordinates (stream v, block b, order o) and its own position. Pieces are concatenated into *rows* of a token budget,
-without padding between them; `student.attention` says who may attend to whom. Exact, not an approximation: what is
-left out is what nobody looks at (see `lay_out`).
+A sample becomes a *piece*: its clean stream (v = 0) and any number of noisy streams (v >= 1), each token with
+its coordinates (stream v, block b, order o) and its own position. Pieces are concatenated into *rows* of a
+token budget, without padding between them; `student.attention` says who may attend to whom. Exact, not an
+approximation: what is left out is what nobody looks at (see `lay_out`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Piece:
     block: np.ndarray
     order: np.ndarray
     read: np.ndarray
-    """[all asked] int64: index into the piece of the hidden state that predicts each asked position, stream after
-    stream, ascending inside a stream."""
+    """[all asked] int64: index into the piece of the hidden state that predicts each asked position, stream
+    after stream, ascending inside a stream."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,16 +76,18 @@ def lay_out(
 ) -> Piece:
     """The tokens of one sample that must run to predict every asked position of every stream.
 
-    `staircase` shares the clean stream among all noisy ones (DESIGN: one pass over x0 serves both halves and all
-    views); noisy blocks without an asked position and clean blocks at or after the last packed noisy one are left
-    out, since nobody reads them. The other kinds read one stream each and share nothing: `bidirectional` keeps it
-    whole, `block-causal` drops the blocks after the last asked one, `causal` the tokens after the last one read.
+    `staircase` shares the clean stream among all noisy ones (one pass over x0 serves both halves and
+    all views); noisy blocks without an asked position and clean blocks at or after the last packed noisy one
+    are left out, since nobody reads them. The other kinds read one stream each and share nothing:
+    `bidirectional` keeps it whole, `block-causal` drops the blocks after the last asked one, `causal` the
+    tokens after the last one read.
 
     Args:
         clean: [L] clean token ids; read by `staircase` alone.
         streams: noisy streams; one without asked positions costs nothing.
-        shifted: the output at i - 1 predicts position i (autoregressive and AR-converted models). A block's first
-            token is then read from the clean stream of the block before (staircase), or its left neighbour.
+        shifted: the output at i - 1 predicts position i (autoregressive and AR-converted models). A block's
+            first token is then read from the clean stream of the block before (staircase), or its left
+            neighbour.
 
     Raises:
         UsageError: shifted, and position 0 is asked (it has no left neighbour).
@@ -145,8 +147,8 @@ def lay_out(
 def group(lengths: Iterable[int], row_tokens: int) -> Iterator[list[int]]:
     """Cut pieces, in order, into rows of at most `row_tokens`; yields the piece indices of each row.
 
-    A pure function of (lengths, row_tokens). A piece longer than the budget gets a row of its own: refusing it, by
-    name, is the caller's business.
+    A pure function of (lengths, row_tokens). A piece longer than the budget gets a row of its own: refusing
+    it, by name, is the caller's business.
     """
     row: list[int] = []
     used = 0

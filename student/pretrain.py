@@ -1,7 +1,9 @@
-"""Train a small network from nothing: an autoregressive warm-up, then masked diffusion. No teacher, fresh noise.
+"""Train a small network from nothing: an autoregressive warm-up, then masked diffusion. No teacher, fresh
+noise.
 
-The demo makes its teachers and its student start this way. The warm-up matters: at this scale a block-diffusion
-model trained from scratch learns several times slower than one that has first learnt to predict the next token.
+The demo makes its teachers and its student start this way. The warm-up matters: at this scale a
+block-diffusion model trained from scratch learns several times slower than one that has first learnt to
+predict the next token.
 """
 
 from __future__ import annotations
@@ -65,10 +67,12 @@ def pretrain(
     """Train `model` in place and return its loss at every step (nats per predicted token).
 
     Args:
-        model: a transformers causal language model; batches and masks are ours, so its own mask is never used.
+        model: a transformers causal language model; batches and masks are ours, so its own mask is never
+        used.
         progress: called with (steps done, steps in all, what is being done).
 
-    The order of samples and all noise come from `config.seed` through Philox words: equal seeds, equal models.
+    The order of samples and all noise come from `config.seed` through Philox words: equal seeds, equal
+    models.
     """
     device = next(model.parameters()).device
     total = config.ar_steps + config.diffusion_steps

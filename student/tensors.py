@@ -1,7 +1,7 @@
 """Tensors that pass between loader, model and objectives. All loss arithmetic on them is float32.
 
-Shape suffixes: B views, R packed rows, P tokens in a row, N masked positions (all views together), D distilled
-positions, K kept entries, C active chunks, V shared vocabulary.
+Shape suffixes: B views, R packed rows, P tokens in a row, N masked positions (all views together), D
+distilled positions, K kept entries, C active chunks, V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """Sparse teacher targets, padded to the widest position. Log-probs at temperature 1 over `vocab_size` tokens."""
+    """Sparse teacher targets, padded to the widest position. Log-probs at temperature 1 over `vocab_size`
+    tokens."""
 
     ids: Tensor
     """[D, K] int64, most probable first; padding repeats the position's first id."""
@@ -28,7 +29,8 @@ class TopK:
     keep: Tensor
     """[D, K] bool: False where padded."""
     tails: dict[float, Tensor]
-    """Temperature -> [D] float32: log of the sum of p^(1/T) over tokens not kept; -inf = every token is kept."""
+    """Temperature -> [D] float32: log of the sum of p^(1/T) over tokens not kept; -inf = every token is
+    kept."""
     gold: Tensor
     """[D] int64: the true token."""
     gold_logp: Tensor
@@ -77,7 +79,8 @@ class ChunkBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Denominators over the whole global batch: every rank, every micro-batch, known before the first forward."""
+    """Denominators over the whole global batch: every rank, every micro-batch, known before the first
+    forward."""
 
     views: int = 0
     maskable: int = 0

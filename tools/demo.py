@@ -1,9 +1,10 @@
-"""The whole path on CPU, on text that is on every machine: teachers, logit datasets, students, and what came of it.
+"""The whole path on CPU, on text that is on every machine: teachers, logit datasets, students, and what
+came of it.
 
-Corpus: functions of Python's standard library (signature and docstring in, body out), held out by module. Every model
-is trained here (`tools.demo_models`); everything after that is what `tide precompute`, `tide train` and `tide eval` do.
-Arms of one pipeline start from the same student, take the same steps and see the same noise. Finished pieces in the
-output folder are kept, so an interrupted demo goes on where it was.
+Corpus: functions of Python's standard library (signature and docstring in, body out), held out by module.
+Every model is trained here (`tools.demo_models`); everything after that is what `tide precompute`, `tide
+train` and `tide eval` do. Arms of one pipeline start from the same student, take the same steps and see the
+same noise. Finished pieces in the output folder are kept, so an interrupted demo goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ class DemoSize:
     """Tokens per sample."""
 
 
-FULL = DemoSize(
-    conversations=1200, teacher_steps=(340, 320), start_steps=(200, 60), steps=192, held_out=240
-)
+FULL = DemoSize(conversations=1200, teacher_steps=(340, 320), start_steps=(200, 60), steps=192, held_out=240)
 QUICK = DemoSize(conversations=128, teacher_steps=(24, 16), start_steps=(16, 8), steps=12, held_out=16)
 
 
@@ -116,7 +115,9 @@ def run_demo(out: Path, *, size: DemoSize, seed: int, progress: Callable[..., No
     )
     judged = [Job("student start", judge_start, {"out": str(out), "size": size})]
     judged += [Job("dense teacher", judge_teacher, {"out": str(out), "size": size})]
-    trained = [Job(arm.name, train_arm, {"out": str(out), "arm": arm, "size": size, "seed": seed}) for arm in ARMS]
+    trained = [
+        Job(arm.name, train_arm, {"out": str(out), "arm": arm, "size": size, "seed": seed}) for arm in ARMS
+    ]
     arms = stage("students", trained + judged)
     result = {
         "seed": seed,
@@ -188,7 +189,9 @@ def make_role(*, out: str, role: str, size: DemoSize, seed: int, report: Report)
 
     start = time.monotonic()
     recipe = recipes(size, seed)[role]
-    tokenizer = AutoTokenizer.from_pretrained(Path(out) / "tokenizers" / ("chatml" if recipe.chatml else "roles"))
+    tokenizer = AutoTokenizer.from_pretrained(
+        Path(out) / "tokenizers" / ("chatml" if recipe.chatml else "roles")
+    )
     corpus = open_corpus("builtin:stdlib")
     samples = training_samples(
         tokenizer,
@@ -201,7 +204,12 @@ def make_role(*, out: str, role: str, size: DemoSize, seed: int, report: Report)
     texts = [TrainingText(s.student_ids, s.maskable) for s in samples]
     folder = Path(out) / "models" / role
     made = make_model(
-        recipe, tokenizer, texts, folder, key=model_key(recipe, corpus.fingerprint, seed, HOLDOUT), report=report
+        recipe,
+        tokenizer,
+        texts,
+        folder,
+        key=model_key(recipe, corpus.fingerprint, seed, HOLDOUT),
+        report=report,
     )
     return {
         "parameters": sum(p.numel() for p in build(recipe).parameters()),
@@ -253,7 +261,13 @@ def train_arm(*, out: str, arm: Arm, size: DemoSize, seed: int, report: Report) 
     folder = Path(out) / "students" / arm.name
     shutil.rmtree(folder, ignore_errors=True)
     config = TrainConfig(
-        steps=size.steps, batch_tokens=1800, learning_rate=1e-3, warmup=0.1, seed=seed, log_every=4, save_every=size.steps
+        steps=size.steps,
+        batch_tokens=1800,
+        learning_rate=1e-3,
+        warmup=0.1,
+        seed=seed,
+        log_every=4,
+        save_every=size.steps,
     )
     start = time.monotonic()
     summary = train(

@@ -1,8 +1,9 @@
 """The demo's models: two tokenizers, a dense and a mixture-of-experts teacher, and the student's start.
 
-All are trained here, from nothing, on functions of Python's standard library outside the held-out modules, and saved
-in the layouts that published checkpoints have: WeDLM (dense), LLaDA2 (experts), a2d-qwen3 (student). A model is a pure
-function of its recipe and corpus, so a folder that holds one with the same key is kept.
+All are trained here, from nothing, on functions of Python's standard library outside the held-out modules,
+and saved in the layouts that published checkpoints have: WeDLM (dense), LLaDA2 (experts), a2d-qwen3
+(student). A model is a pure function of its recipe and corpus, so a folder that holds one with the same key
+is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import __version__ as transformers_version
 
 from precompute.prepare import PrepareConfig, Preparer
@@ -29,14 +36,13 @@ from student.pretrain import PretrainConfig, TrainingText, pretrain
 Role = Literal["teacher-dense", "teacher-moe", "student-start"]
 Report = Callable[[int, int, str], None]
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ROLES = (
-    "{% for m in messages %}{{ '<role>' + ('HUMAN' if m['role'] == 'user' else m['role']|upper) + '</role>'"
-    " + m['content'] + '<|role_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"
-)
+CHATML = """\
+{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+ROLES = """\
+{%- for m in messages %}{{ '<role>' + ('HUMAN' if m['role'] == 'user' else m['role'] | upper) + '</role>' }}
+{{- m['content'] + '<|role_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +63,15 @@ class Recipe:
         return self.role != "teacher-moe"
 
 
-def make_tokenizer(conversations: Iterable[Conversation], *, vocab_size: int, chatml: bool) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    conversations: Iterable[Conversation], *, vocab_size: int, chatml: bool
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of exactly `vocab_size` entries, with chat template and special tokens."""
     eos = "<|im_end|>" if chatml else "<|role_end|>"
     roles = ["<|im_start|>"] if chatml else ["<role>", "</role>"]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", eos, *roles, "<|mask|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(specials),
@@ -71,7 +79,9 @@ def make_tokenizer(conversations: Iterable[Conversation], *, vocab_size: int, ch
         show_progress=False,
     )
     names = "user\nassistant\n" if chatml else "HUMANASSISTANT"  # of every prompt: worth entries of their own
-    tokenizer.train_from_iterator((names + "".join(m.content for m in c.messages) for c in conversations), trainer)
+    tokenizer.train_from_iterator(
+        (names + "".join(m.content for m in c.messages) for c in conversations), trainer
+    )
     tokenizer.add_special_tokens(specials)  # after the ordinary ids, as published tokenizers have them
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,4 +1,5 @@
-"""What the demo found, as tables for the terminal and as a page: computed from `demo.json`, nothing assumed."""
+"""What the demo found, as tables for the terminal and as a page: computed from `demo.json`, nothing
+assumed."""
 
 from __future__ import annotations
 
@@ -70,7 +71,15 @@ def arms_table(result: dict[str, Any], judged: list[Verdict]) -> Table:
     for v in judged:
         difference = interval(*v.against_ce, digits=3) if v.against_ce else None
         rows.append(
-            (v.name, v.objective, v.dataset, interval(*v.bits, digits=3), difference, v.seconds, v.tokens_per_s)
+            (
+                v.name,
+                v.objective,
+                v.dataset,
+                interval(*v.bits, digits=3),
+                difference,
+                v.seconds,
+                v.tokens_per_s,
+            )
         )
     size = result["size"]
     samples = len(next(iter(result["arms"].values()))["eval"]["sample_ids"])
@@ -79,9 +88,9 @@ def arms_table(result: dict[str, Any], judged: list[Verdict]) -> Table:
         columns=columns,
         rows=tuple(rows),
         note=(
-            f"{samples} samples; every arm: {size['steps']} steps from the same start, one seed ({result['seed']}). "
-            "Lower is better. Intervals resample the held-out samples: they say how sure the comparison of these two "
-            "students is, not how another seed would turn out."
+            f"{samples} samples; every arm: {size['steps']} steps from the same start, one seed "
+            f"({result['seed']}). Lower is better. Intervals resample the held-out samples: they say how sure "
+            "the comparison of these two students is, not how another seed would turn out."
         ),
     )
 
@@ -118,8 +127,8 @@ def data_table(result: dict[str, Any]) -> Table:
         columns=columns,
         rows=tuple(rows),
         note=(
-            "Seconds include loading. Chunks above ½: share of active chunks whose tempered teacher probability "
-            "(T = 2) exceeds one half; Reverse CALM pushes the student away from the text of all others."
+            "Rates include loading. Chunks above ½: share of active chunks whose tempered teacher "
+            "probability (T = 2) exceeds one half; Reverse CALM pushes the student away from the text of all others."
         ),
     )
 
@@ -141,7 +150,9 @@ def models_table(result: dict[str, Any]) -> Table:
         (name, m["parameters"], m["samples"], m["seconds"] if m["trained"] else None)
         for name, m in result["models"].items()
     )
-    return Table(title="Models made here", columns=columns, rows=rows, note="A dash: kept from an earlier run.")
+    return Table(
+        title="Models made here", columns=columns, rows=rows, note="A dash: kept from an earlier run."
+    )
 
 
 def findings(judged: list[Verdict]) -> list[str]:
@@ -206,9 +217,9 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
             )
         )
     intro = (
-        "Two teachers and a student start were trained on functions of Python's standard library; each teacher scored "
-        "masked samples once (tide precompute); students learnt from the stored logit datasets alone (tide train) and "
-        "are judged on modules that nobody saw.\n\n"
+        "Two teachers and a student start were trained on functions of Python's standard library; each "
+        "teacher scored masked samples once (tide precompute); students learnt from the stored logit datasets "
+        "alone (tide train) and are judged on modules that nobody saw.\n\n"
         f"Whole run: {result['seconds']:.0f} s. "
     )
     if quick:
@@ -222,8 +233,8 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         tables=[arms_table(result, judged), data_table(result), models_table(result)],
         figures=figures,
         notes=[
-            "ce-uniform is CE with the extra weight spread evenly: what re-weighting alone does. An objective that "
-            "does not beat it has not been shown to profit from the teacher.",
+            "ce-uniform is CE with the extra weight spread evenly: what re-weighting alone does. An objective "
+            "that does not beat it has not been shown to profit from the teacher.",
             "kl reads the dataset without CompDemo, tidal the one with it; both hold the same noise.",
             "Cross-tokenizer arms use chunk-consistent masks, so their CE arm is not the shared one's.",
         ],

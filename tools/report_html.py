@@ -32,6 +32,8 @@ __all__ = [
 
 COLOURS = ("#2f7ed8", "#e2711d", "#2a9d6f", "#c2459a", "#8a6fd1", "#b08900", "#d1495b", "#5f7d8c")
 """Distinct under the common colour-vision deficiencies, and legible on white and on near-black."""
+DASHES = ("solid", "dash", "dot")
+"""Lines beyond the last colour begin again with the first, dashed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,7 @@ def line_chart(
                 "x": x,
                 "y": _floats(s.y),
                 "mode": "lines+markers" if markers else "lines",
-                "line": {"color": colour, "width": 2},
+                "line": {"color": colour, "width": 2, "dash": DASHES[i // len(COLOURS) % len(DASHES)]},
                 "marker": {"size": 6},
                 "name": name,
                 "legendgroup": group,

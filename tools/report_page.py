@@ -80,12 +80,14 @@ $sections
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const size = () => (narrow.matches ? 11 : 13);
+  const lines = (text) => narrow.matches ? text.replace(/(.{30}\\S*) /g, "$$1<br>") : text;
   const axis = (own) => ({
     automargin: true, gridcolor: colour("--rule"), linecolor: colour("--rule"),
     zerolinecolor: colour("--quiet"), ...own,
-    title: { ...own.title, font: { size: size() }, standoff: 10 },
+    title: { text: lines(own.title?.text ?? ""), font: { size: size() }, standoff: 10 },
   });
-  const layout = (own) => ({
+  const legendRows = (data) => narrow.matches ? Math.ceil(data.filter((d) => d.showlegend !== false).length / 2) : 0;
+  const layout = (own, data) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: size(), color: colour("--text") },
     margin: { l: 12, r: 12, t: 12, b: 12 },
@@ -93,11 +95,12 @@ $sections
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"),
       font: { color: colour("--text") } },
     ...own, xaxis: axis(own.xaxis), yaxis: axis(own.yaxis),
+    height: own.height + (own.showlegend ? 20 * legendRows(data) : 0),
   });
   const trace = (own) =>
     own.error_x ? { ...own, error_x: { ...own.error_x, color: colour("--text") } } : own;
   const draw = () => figures.forEach((f, i) => Plotly.react(
-    `figure-$${i}`, f.data.map(trace), layout(f.layout), { responsive: true, displayModeBar: false }));
+    `figure-$${i}`, f.data.map(trace), layout(f.layout, f.data), { responsive: true, displayModeBar: false }));
   draw();
   dark.addEventListener("change", draw);
   narrow.addEventListener("change", draw);

@@ -1,7 +1,7 @@
 """Run independent jobs in worker processes, one torch thread each, with their progress in one place.
 
-One thread per job, rather than one job over all threads: small networks gain nothing from more, and a result then
-depends on no thread count.
+One thread per job, rather than one job over all threads: small networks gain nothing from more, and a
+result then depends on no thread count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Report = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`function(report=..., **arguments)` in a worker. The function must be importable, its arguments picklable."""
+    """`function(report=..., **arguments)` in a worker; importable, its arguments picklable."""
 
     name: str
     function: Callable[..., Any]
@@ -55,13 +55,16 @@ def _run(job: Job) -> Any:
     def report(done: int, total: int, doing: str) -> None:
         _events.put(Event(job.name, done, total, doing))
 
-    # Off the main thread, where code that handles SIGTERM (training does) leaves it alone: ending the pool ends the job.
-    with ThreadPoolExecutor(1) as thread:
+        # Off the main thread, where code that handles SIGTERM (training does) leaves it alone: ending the pool
+        # ends the job. with ThreadPoolExecutor(1) as thread:
         return thread.submit(job.function, report=report, **job.arguments).result()
 
 
-def run_jobs(jobs: Sequence[Job], *, on_event: Callable[[Event], None], workers: int | None = None) -> dict[str, Any]:
-    """Results by job name. Jobs start in the order given; the first failure stops the rest and is raised here.
+def run_jobs(
+    jobs: Sequence[Job], *, on_event: Callable[[Event], None], workers: int | None = None
+) -> dict[str, Any]:
+    """Results by job name. Jobs start in the order given; the first failure stops the rest and is raised
+    here.
 
     Args:
         workers: processes at once; None = the processors this process may use, at most one per job.
@@ -73,7 +76,9 @@ def run_jobs(jobs: Sequence[Job], *, on_event: Callable[[Event], None], workers:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        with context.Pool(count, initializer=_start, initargs=(events,)) as pool:  # leaving it ends the workers
+        with context.Pool(
+            count, initializer=_start, initargs=(events,)
+        ) as pool:  # leaving it ends the workers
             pending = {job.name: pool.apply_async(_run, (job,)) for job in jobs}
             results: dict[str, Any] = {}
             while pending:
