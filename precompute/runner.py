@@ -121,8 +121,8 @@ class DropLimit:
             reason, n = self.unaligned.most_common(1)[0]
             raise CorpusError(
                 f"{self.corpus.spec}: {lost} of {self.content_tokens} target tokens in the first {self.rows} "
-                f"rows have no teacher counterpart, {n} because: {reason}; look at the two chat templates and "
-                f"--teacher-max-length, or raise --max-dropped ({self.most:g})"
+                f"rows have no teacher counterpart, {n} because: {reason}; look at the two chat templates "
+                f"and --teacher-max-length, or raise --max-dropped ({self.most:g})"
             )
         return samples, dropped
 

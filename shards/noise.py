@@ -197,5 +197,6 @@ def check_plan(config: NoiseConfig, row: Row) -> None:
     if differs:
         raise PlanMismatch(
             f"sample {row.sample_id} view {row.view}: stored {', '.join(differs)} differ from the noise plan "
-            f"of seed {config.seed}; the row was changed or made by another version: run tide precompute again"
+            f"of seed {config.seed}; the row was changed, or made by another version: run tide precompute "
+            "again"
         )

@@ -1,5 +1,4 @@
-"""The attention predicate: one rule for student, teacher, training and evaluation (BD3LM section 3; DESIGN
-6).
+"""The attention predicate: one rule for student, teacher, training and evaluation (BD3LM section 3).
 
 Every token carries (sample s, stream v, block b, order o). A query may attend to a key iff s_q = s_k and
 

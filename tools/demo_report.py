@@ -89,8 +89,8 @@ def arms_table(result: dict[str, Any], judged: list[Verdict]) -> Table:
         rows=tuple(rows),
         note=(
             f"{samples} samples; every arm: {size['steps']} steps from the same start, one seed "
-            f"({result['seed']}). Lower is better. Intervals resample the held-out samples: they say how sure "
-            "the comparison of these two students is, not how another seed would turn out."
+            f"({result['seed']}). Lower is better. Intervals resample the held-out samples: they say how "
+            "sure the comparison of these two students is, not how another seed would turn out."
         ),
     )
 
@@ -128,7 +128,8 @@ def data_table(result: dict[str, Any]) -> Table:
         rows=tuple(rows),
         note=(
             "Rates include loading. Chunks above ½: share of active chunks whose tempered teacher "
-            "probability (T = 2) exceeds one half; Reverse CALM pushes the student away from the text of all others."
+            "probability (T = 2) exceeds one half; Reverse CALM pushes the student away from the text of all "
+            "others."
         ),
     )
 
@@ -218,8 +219,8 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         )
     intro = (
         "Two teachers and a student start were trained on functions of Python's standard library; each "
-        "teacher scored masked samples once (tide precompute); students learnt from the stored logit datasets "
-        "alone (tide train) and are judged on modules that nobody saw.\n\n"
+        "teacher scored masked samples once (tide precompute); students learnt from the stored logit "
+        "datasets alone (tide train) and are judged on modules that nobody saw.\n\n"
         f"Whole run: {result['seconds']:.0f} s. "
     )
     if quick:
@@ -233,8 +234,8 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         tables=[arms_table(result, judged), data_table(result), models_table(result)],
         figures=figures,
         notes=[
-            "ce-uniform is CE with the extra weight spread evenly: what re-weighting alone does. An objective "
-            "that does not beat it has not been shown to profit from the teacher.",
+            "ce-uniform is CE with the extra weight spread evenly: what re-weighting alone does. An "
+            "objective that does not beat it has not been shown to profit from the teacher.",
             "kl reads the dataset without CompDemo, tidal the one with it; both hold the same noise.",
             "Cross-tokenizer arms use chunk-consistent masks, so their CE arm is not the shared one's.",
         ],

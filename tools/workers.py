@@ -55,8 +55,9 @@ def _run(job: Job) -> Any:
     def report(done: int, total: int, doing: str) -> None:
         _events.put(Event(job.name, done, total, doing))
 
-        # Off the main thread, where code that handles SIGTERM (training does) leaves it alone: ending the pool
-        # ends the job. with ThreadPoolExecutor(1) as thread:
+    # Off the main thread, where code that handles SIGTERM (training does) leaves it alone: a pool that ends
+    # then ends its jobs too.
+    with ThreadPoolExecutor(1) as thread:
         return thread.submit(job.function, report=report, **job.arguments).result()
 
 
