@@ -1,6 +1,7 @@
 """A part's samples through the teacher: plan, lay out, pack, run a row at a time, reduce, put together.
 
-A pure function of (samples, configuration): packing never depends on what was made before or elsewhere.
+A pure function of (samples, plans, configuration): packing never depends on what was made before or
+elsewhere.
 """
 
 from __future__ import annotations
@@ -137,18 +138,21 @@ def plans_of(sample: Sample, noise: NoiseConfig) -> list[Plan]:
 def make_part(
     teacher: Teacher,
     samples: Sequence[Sample],
+    plans: Sequence[Sequence[Plan]],
     *,
-    noise: NoiseConfig,
     asking: Asking,
     targets: Targets,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Row], int]:
-    """Every view of every sample as rows, and how many teacher tokens ran. `progress` gets samples done.
+    """Every view of every sample as rows, and how many teacher tokens ran.
+
+    Args:
+        plans: per sample, per view: `plans_of`, or explicit noise.
+        progress: gets samples done.
 
     Raises:
         UsageError: a sample does not fit `asking.row_tokens`. ModelError: see `ask`.
     """
-    plans = [plans_of(s, noise) for s in samples]
     jobs = [j for i, s in enumerate(samples) for j in make_jobs(s, plans[i], asking, index=i)]
     nothing = np.zeros(0, dtype=np.int64)
     answers = [Answers(nothing, nothing, nothing, *reduce(torch.zeros(0, 1), nothing, teacher.head, targets))]

@@ -18,7 +18,7 @@ import torch
 
 from precompute.config import DTYPES, PrecomputeConfig
 from precompute.corpus import Corpus, open_corpus
-from precompute.engine import Targets, default_row_tokens, make_part
+from precompute.engine import Targets, default_row_tokens, make_part, plans_of
 from precompute.identity import manifest_config
 from precompute.inputs import Asking
 from precompute.prepare import Drop, PrepareConfig, Preparer, infer_kind
@@ -241,7 +241,7 @@ def make_dataset(
                 rows, tokens = make_part(
                     teacher,
                     samples,
-                    noise=noise,
+                    [plans_of(s, noise) for s in samples],
                     asking=asking,
                     targets=targets,
                     progress=partial(at, work),

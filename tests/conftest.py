@@ -9,7 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
+
+settings.register_profile("tide", deadline=None)  # a busy machine is no failure
+settings.load_profile("tide")
 
 GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parent / "golden"))
 

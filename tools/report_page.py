@@ -86,7 +86,8 @@ $sections
     zerolinecolor: colour("--quiet"), ...own,
     title: { text: lines(own.title?.text ?? ""), font: { size: size() }, standoff: 10 },
   });
-  const legendRows = (data) => narrow.matches ? Math.ceil(data.filter((d) => d.showlegend !== false).length / 2) : 0;
+  const legendRows = (data) =>
+    narrow.matches ? Math.ceil(data.filter((d) => d.showlegend !== false).length / 2) : 0;
   const layout = (own, data) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: size(), color: colour("--text") },
@@ -99,8 +100,9 @@ $sections
   });
   const trace = (own) =>
     own.error_x ? { ...own, error_x: { ...own.error_x, color: colour("--text") } } : own;
-  const draw = () => figures.forEach((f, i) => Plotly.react(
-    `figure-$${i}`, f.data.map(trace), layout(f.layout, f.data), { responsive: true, displayModeBar: false }));
+  const options = { responsive: true, displayModeBar: false };
+  const draw = () => figures.forEach((f, i) =>
+    Plotly.react(`figure-$${i}`, f.data.map(trace), layout(f.layout, f.data), options));
   draw();
   dark.addEventListener("change", draw);
   narrow.addEventListener("change", draw);

@@ -32,7 +32,9 @@ def precompute(
     holdout: Annotated[
         float, opt("Share of samples kept out of training, for tide eval.", "SHARE", TEXT)
     ] = 0.0,
-    max_dropped: Annotated[float, opt("Stop if more than this share is unusable.", "SHARE", TEXT)] = 0.02,
+    max_dropped: Annotated[
+        float, opt("Stop above this share of unaligned target tokens.", "SHARE", TEXT)
+    ] = 0.02,
     loss_on: Annotated[
         str, opt("Tokens that are masked and carry loss.", "last|assistant|all", TEXT)
     ] = "last",
@@ -59,8 +61,13 @@ def precompute(
         float, opt("Sparse: keep fewer once only this mass is left.", "MASS", TARGETS)
     ] = 1e-3,
     temperatures: Annotated[str, opt("Sparse: temperatures training may use.", "T,T", TARGETS)] = "1,2",
+    shared_vocab_size: Annotated[
+        int | None, opt("First N ids are compared (default: those that agree).", "N", TARGETS)
+    ] = None,
     teacher_attention: Attention = None,
-    part: Annotated[str, opt("Do every N-th part from I = 0: N workers, one --out.", "I/N", WORK)] = "0/1",
+    part: Annotated[
+        str, opt("Only parts I, I + N, ...; runs into one --out take turns.", "I/N", WORK)
+    ] = "0/1",
     samples_per_part: Annotated[int, opt("Corpus rows per part; a stop loses one part.", "N", WORK)] = 256,
     row_tokens: Annotated[
         int | None, opt("Packed teacher row (default: by device and length).", "TOKENS", WORK)
@@ -102,6 +109,7 @@ def precompute(
         demo_ratio=demo_ratio,
         kind=kind,  # type: ignore[arg-type]
         codec=sparse if codec == "sparse" else DenseCodec(),
+        shared_vocab_size=shared_vocab_size,
         teacher_attention=teacher_attention,  # type: ignore[arg-type]
         part=part,
         samples_per_part=samples_per_part,

@@ -1,0 +1,182 @@
+"""The demo: workers that fail well, models that are reproducible, a report that says what the numbers say,
+and the whole of it at `--quick`."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from precompute.sample import Conversation, Message
+from shards.errors import UsageError
+from student.evaluate import EvalResult
+from student.pretrain import PretrainConfig, TrainingText
+from student.trainer import StopOnSignal
+from tools.demo import ARMS, DATASETS
+from tools.demo_models import Recipe, make_model, make_tokenizer
+from tools.demo_report import findings, verdicts, write_page
+from tools.workers import Event, Job, Report, run_jobs
+
+
+def square(*, x: int, report: Report) -> tuple[int, int]:
+    report(1, 1, "squaring")
+    return x * x, torch.get_num_threads()
+
+
+def refuse(*, after: str, report: Report) -> None:
+    while not Path(after).exists():
+        time.sleep(0.05)
+    raise UsageError("no")
+
+
+def endure(*, pid_file: str, report: Report) -> None:
+    """A training run: it minds SIGTERM, writes down who it is, and takes its time."""
+    with StopOnSignal():
+        Path(f"{pid_file}.new").write_text(str(os.getpid()))
+        Path(f"{pid_file}.new").rename(pid_file)
+        time.sleep(300)
+
+
+def test_jobs_run_on_one_thread_each_and_report() -> None:
+    events: list[Event] = []
+    jobs = [Job(str(x), square, {"x": x}) for x in (3, 4)]
+    assert run_jobs(jobs, on_event=events.append, workers=2) == {"3": (9, 1), "4": (16, 1)}
+    assert sorted(e.job for e in events) == ["3", "4"]
+
+
+def test_a_failing_job_ends_the_others_at_once(tmp_path: Path) -> None:
+    """The error arrives as it is, and no worker is left behind, not even one that minds SIGTERM."""
+    pid_file = str(tmp_path / "pid")
+    jobs = [Job("long", endure, {"pid_file": pid_file}), Job("bad", refuse, {"after": pid_file})]
+    start = time.monotonic()
+    with pytest.raises(UsageError, match="no"):
+        run_jobs(jobs, on_event=lambda e: None, workers=2)
+    assert time.monotonic() - start < 200
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path(pid_file).read_text()), 0)
+
+
+CONVERSATIONS = [
+    Conversation((Message("user", f"def f{i}(x):"), Message("assistant", f"return x + {i}")), "here", i)
+    for i in range(40)
+]
+
+
+@pytest.mark.parametrize("chatml", [True, False])
+def test_tokenizers_have_the_promised_size_and_specials_last(chatml: bool) -> None:
+    tokenizer = make_tokenizer(CONVERSATIONS, vocab_size=280, chatml=chatml)
+    assert len(tokenizer) == 280
+    assert tokenizer.mask_token_id == 279
+    messages = [{"role": m.role, "content": m.content} for m in CONVERSATIONS[7].messages]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "return x + 7" in text
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_models_are_reproducible_and_kept(tmp_path: Path) -> None:
+    """Two trainings give the same bytes; a folder with the same key is kept, with another it is replaced."""
+    tokenizer = make_tokenizer(CONVERSATIONS, vocab_size=280, chatml=False)
+    texts = [TrainingText(np.arange(i, i + 12, dtype=np.int32), np.arange(12) > 3) for i in range(20)]
+    training = PretrainConfig(
+        attention="bidirectional", block_size=1, ar_steps=2, diffusion_steps=2, batch_size=4
+    )
+    recipe = Recipe(role="teacher-moe", vocab_size=280, training=training, max_length=12)
+
+    def make(folder: Path, key: str) -> bool:
+        return make_model(recipe, tokenizer, texts, folder, key=key, report=lambda *x: None)
+
+    assert make(tmp_path / "a", "k")
+    assert make(tmp_path / "b", "k")
+    weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "llada2_moe"
+    assert not make(tmp_path / "a", "k")
+    assert make(tmp_path / "a", "another")
+
+
+def invented(bits: dict[str, float]) -> dict[str, Any]:
+    """Demo results in which every arm has the given bits per byte, with a little noise over samples."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (50, 2))
+
+    def result(value: float) -> dict[str, Any]:
+        nll = (value + noise) * 100 * np.log(2)
+        ids = tuple(map(str, range(50)))
+        return EvalResult((0.3, 0.7), 0, ids, nll, np.full(50, 100)).to_json()
+
+    arms = {}
+    for i, arm in enumerate(ARMS):
+        shift = np.random.default_rng(i).normal(0, 0.01)
+        arms[arm.name] = {
+            "pipeline": arm.pipeline,
+            "objective": arm.objective,
+            "dataset": arm.dataset,
+            "seconds": 2.0,
+            "tokens": 1000,
+            "curve": [{"step": 4, "ce": 5.0 + shift}, {"step": 8, "ce": 4.0}, {"step": 8, "train_loss": 1.0}],
+            "eval": result(bits.get(arm.name, 3.0)),
+        }
+    totals = {"rows": 8, "masked": 100, "bytes": 4000}
+    return {
+        "seed": 0,
+        "size": {"steps": 8},
+        "models": {"teacher-dense": {"parameters": 10, "samples": 5, "trained": False, "seconds": 1.0}},
+        "datasets": {
+            d.name: {
+                "kind": d.name.split("-")[0],
+                "compdemo": d.compdemo,
+                "totals": totals,
+                "report": {"active_chunks": 10, "chunks_above_half": 3},
+                "seconds": 2.0,
+            }
+            for d in DATASETS
+        },
+        "reference": {"student start": result(3.3), "dense teacher": result(2.5)},
+        "arms": arms,
+        "seconds": 12.0,
+    }
+
+
+def test_findings_say_better_worse_or_nothing() -> None:
+    """Differences far beyond, at and within the noise of the samples."""
+    judged = verdicts(invented({"shared-kl": 2.9, "cross-reverse-calm": 3.2}))
+    said = {line.split(" ")[0]: line for line in findings(judged)}
+    assert set(said) == {a.name for a in ARMS if a.objective != "ce"}
+    assert "better than CE by 0.100" in said["shared-kl"]
+    assert "worse than CE by 0.200" in said["cross-reverse-calm"]
+    assert "cannot be told" in said["shared-tidal"]
+
+
+def test_report_shows_the_numbers_and_a_quick_run_claims_nothing(tmp_path: Path) -> None:
+    result = invented({"shared-kl": 2.9})
+    page = write_page(tmp_path / "full.html", result, quick=False).read_text()
+    assert "−0.100" in page
+    assert "better than CE" in page
+    quick = write_page(tmp_path / "quick.html", result, quick=True).read_text()
+    assert "better than CE" not in quick
+    assert "numbers mean nothing" in quick
+
+
+def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
+    """The command a newcomer runs, with few steps: every stage, the table, the page, the JSON line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.cli", "demo", "--quick", "--json", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert set(summary["bits_per_byte"]) == {arm.name for arm in ARMS}
+    assert all(1.0 < value < 8.0 for value, _, _ in summary["bits_per_byte"].values())
+    assert summary["datasets"]["shared-plain"]["masked"] == summary["datasets"]["shared-compdemo"]["masked"]
+    for name in ("manifest.json", "README.md"):
+        assert (tmp_path / "out" / "data" / "cross-compdemo" / name).is_file()
+    assert "shared-tidal" in (tmp_path / "out" / "report.html").read_text()
