@@ -30,7 +30,7 @@ class PrecomputeConfig:
     student: str
     """Model folder or hub id; its tokenizer and template alone are used."""
     corpus: str
-    """Corpus SPEC: a path, a `datasets` id, or `builtin:stdlib`."""
+    """Corpus SPEC: a path, a `datasets` id, `builtin:stdlib`, or a mixture of them (`precompute.mixture`)."""
     out: Path
     """Folder of the logit dataset; an unfinished one of the same configuration is resumed."""
     views: int = 4

@@ -1,5 +1,5 @@
-"""Corpora: where conversations come from. Rows are streamed; an unusable row is skipped and counted, never
-silent.
+"""Corpora: conversations from one source or a mixture of several (`precompute.mixture` has the language).
+Rows are streamed; an unusable row is skipped and counted, never silent.
 
 A row is one of: `messages` (list of role and content), `instruction` (with optional `input`) and `output`,
 `prompt` and `completion`, or `text` (one plain text, rendered without a chat template). A string field
@@ -9,111 +9,141 @@ A row is one of: `messages` (list of role and content), `instruction` (with opti
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from itertools import groupby, islice
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import zstandard
-
-from precompute.builtin import LICENCE, STDLIB, stdlib_fingerprint, stdlib_functions
+from precompute.mixture import Term, interleave, parse_mixture
 from precompute.sample import Conversation, Message
+from precompute.sources import BadRow, RawRow, Source, open_source
 from precompute.templates import RAW_ROLE
-from shards.errors import CorpusError
+from shards.errors import CorpusError, UsageError
 
 FIELDS = ("messages", "instruction", "input", "output", "prompt", "completion", "text", "group")
 SHAPES = "messages | instruction + output | prompt + completion | text"
-SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
+PLACES = 20
+"""Places of skipped rows that are remembered for each reason; all are counted."""
 
 
-class Corpus(Protocol):
-    spec: str
-    licence: str | None
-    skipped: Counter[str]
-    """Rows skipped by the latest iteration, by reason."""
-    first_skipped: dict[str, str]
-    """Where each reason was met first."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source of a corpus, and which of its rows are taken how often."""
+
+    source: Source
+    term: Term
 
     @property
+    def name(self) -> str:
+        return self.term.written(self.source.name)
+
     def fingerprint(self) -> str:
-        """Names the content, whatever the limit."""
-
-    def __iter__(self) -> Iterator[Conversation]: ...
-
-
-class RawRow(NamedTuple):
-    """A row as its file has it."""
-
-    source: str
-    number: int
-    """Counts from 0 in its source."""
-    where: str
-    """File and line, for messages."""
-    value: Any
-    """A dict of fields, or the `BadRow` that reading it gave."""
+        content = self.source.fingerprint()
+        if not self.term.filters:
+            return content
+        filters = "\0".join(map(str, self.term.filters))
+        return hashlib.sha256(f"{content}\0{filters}".encode()).hexdigest()
 
 
-class BadRow(Exception):
-    """A row that cannot be used; the message is the reason it is counted under."""
+class Corpus:
+    """Conversations of one or more parts; see `open_corpus`.
 
-
-class RowCorpus:
-    """Conversations from rows.
-
-    Iterating raises CorpusError when a file breaks in the middle, or when not one row was usable.
+    Iterating raises CorpusError when a file breaks in the middle, when not one row of a file was usable, or
+    when none of a part passed its filters.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        rows: Callable[[], Iterable[RawRow]],
-        fingerprint: Callable[[], str],
-        *,
-        licence: str | None = None,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, spec: str, parts: Sequence[Part], *, limit: int | None = None) -> None:
         self.spec = spec
-        self.licence = licence
+        self.parts = tuple(parts)
         self.limit = limit
         self.skipped: Counter[str] = Counter()
-        self.first_skipped: dict[str, str] = {}
-        self._rows = rows
-        self._fingerprint = fingerprint
+        """Rows skipped by the latest iteration, by reason."""
+        self.skipped_at: dict[str, list[str]] = {}
+        """The first `PLACES` of them by reason: file (without its folder) and line."""
+
+    @property
+    def name(self) -> str:
+        """The specification without folders, which may differ between machines."""
+        return "+".join(part.name for part in self.parts)
+
+    @property
+    def licence(self) -> str | None:
+        known = [p.source.licence for p in self.parts]
+        if len(known) == 1 or not any(known):
+            return known[0]
+        return "; ".join(f"{p.source.name}: {x or 'unknown'}" for p, x in zip(self.parts, known))
 
     @cached_property
     def fingerprint(self) -> str:
-        return self._fingerprint()
+        """Names the content and, in a mixture, its order; whatever the limit."""
+        prints = self._fingerprints
+        if len(prints) == 1:
+            return prints[0]
+        mixed = "\n".join(f"{p.term.weight!r} {f}" for p, f in zip(self.parts, prints))
+        return hashlib.sha256(mixed.encode()).hexdigest()
+
+    @cached_property
+    def _fingerprints(self) -> list[str]:
+        return [part.fingerprint() for part in self.parts]
 
     def __iter__(self) -> Iterator[Conversation]:
         self.skipped.clear()
-        self.first_skipped.clear()
-        taken = 0
-        for row in self._rows():
-            if self.limit is not None and taken >= self.limit:
-                return
-            try:
-                if isinstance(row.value, BadRow):
-                    raise row.value
-                messages = messages_of(row.value)
-            except BadRow as bad:
-                reason = str(bad)
-                self.skipped[reason] += 1
-                self.first_skipped.setdefault(reason, row.where)
-                continue
-            taken += 1
-            group = row.value.get("group")
-            yield Conversation(messages, row.source, row.number, group if isinstance(group, str) else None)
-        if not taken and self.limit != 0:
-            if not self.skipped:
-                raise CorpusError(f"{self.spec}: no rows in it; expected rows with {SHAPES}")
-            reason, where = next(iter(self.first_skipped.items()))
+        self.skipped_at.clear()
+        streams = [self._conversations(part) for part in self.parts]
+        if len(streams) > 1:
+            prints = self._fingerprints
+            if len(set(prints)) < len(prints):
+                twice = next(p.name for i, p in enumerate(self.parts) if prints[i] in prints[:i])
+                raise UsageError(
+                    f"corpus {self.spec}: {twice} has the same rows as another term; use a weight"
+                )
+            # Two files of one name are two sources: ids of samples follow from the source's name.
+            streams = [_marked(s, f[:8]) for s, f in zip(streams, prints)]
+        return islice(interleave(streams, [p.term.weight for p in self.parts]), self.limit)
+
+    def _conversations(self, part: Part) -> Iterator[Conversation]:
+        """The usable rows of a part that pass its filters."""
+        taken, filtered = 0, None
+        for source, rows in groupby(part.source.rows(), key=lambda row: row.source):
+            usable, first, bad = 0, "", 0
+            for row in rows:
+                try:
+                    if isinstance(row.value, BadRow):
+                        raise row.value
+                    messages = messages_of(row.value)
+                except BadRow as error:
+                    first, bad = first or f"{row.place}: {error}", bad + 1
+                    self._skip(row, str(error))
+                    continue
+                usable += 1
+                if not all(f.passes(row.value, messages) for f in part.term.filters):
+                    filtered = filtered or row
+                    continue
+                taken += 1
+                group = row.value.get("group")
+                yield Conversation(messages, source, row.number, group if isinstance(group, str) else None)
+            if not usable:
+                raise CorpusError(
+                    f"{part.source.prefix}{source}:{first}; none of {bad} rows is usable: expected fields {SHAPES}"
+                )
+        if filtered is not None and not taken:
             raise CorpusError(
-                f"{where}: {reason}; none of {self.skipped.total()} rows is usable: expected fields {SHAPES}"
+                f"{part.name}: no row passes the filter; the first has fields {_fields(filtered.value)}"
             )
+        if not taken:
+            raise CorpusError(f"{part.term.name}: no rows in it; expected rows with {SHAPES}")
+
+    def _skip(self, row: RawRow, reason: str) -> None:
+        self.skipped[reason] += 1
+        places = self.skipped_at.setdefault(reason, [])
+        if len(places) < PLACES:
+            places.append(f"{row.source}:{row.place}")
+
+
+def _marked(conversations: Iterator[Conversation], mark: str) -> Iterator[Conversation]:
+    return (replace(c, source=f"{mark}/{c.source}") for c in conversations)
 
 
 def messages_of(row: Any) -> tuple[Message, ...]:
@@ -134,8 +164,11 @@ def messages_of(row: Any) -> tuple[Message, ...]:
         return Message("user", _string(row, "prompt")), Message("assistant", _string(row, "completion"))
     if row.get("text") is not None:
         return (Message(RAW_ROLE, _string(row, "text")),)
-    fields = " ".join(", ".join(sorted(map(str, row))).split())[:200]
-    raise BadRow(f"found fields {fields or '(none)'}")
+    raise BadRow(f"found fields {_fields(row)}")
+
+
+def _fields(row: dict[str, Any]) -> str:
+    return " ".join(", ".join(sorted(map(str, row))).split())[:200] or "(none)"
 
 
 def _chat(value: Any) -> tuple[Message, ...]:
@@ -163,142 +196,17 @@ def open_corpus(spec: str, *, limit: int | None = None) -> Corpus:
     """Open a corpus; rows are read only when it is iterated.
 
     Args:
-        spec: `builtin:stdlib`, a file (.jsonl, .jsonl.zst, .parquet), a folder of such files, or a `datasets`
-            id.
-        limit: conversations at most; not part of the fingerprint.
+        spec: what `tide precompute --corpus` takes: a path (.jsonl, .jsonl.zst, .parquet, a folder of such
+            files), a `datasets` id, `builtin:stdlib`, or a mixture with weights and filters
+            (`precompute.mixture`).
+        limit: conversations at most; not part of the fingerprint, and without influence on the order.
 
     Raises:
-        CorpusError: no such file, folder, built-in corpus or data set.
+        CorpusError: no such file, folder, built-in corpus, data set, configuration or split.
+        UsageError: `spec` cannot be read.
     """
-    if spec == STDLIB:
-        return RowCorpus(spec, _stdlib_rows, stdlib_fingerprint, licence=LICENCE, limit=limit)
-    if spec.startswith("builtin:"):
-        raise CorpusError(f"{spec}: no such built-in corpus; there is {STDLIB}")
-    path = Path(spec).expanduser()
-    if path.is_file():
-        if not spec.endswith(SUFFIXES):
-            raise CorpusError(f"{spec}: unknown kind of file, expected {', '.join(SUFFIXES)}")
-        return _local(spec, [path], path.parent, limit)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-        if files:
-            return _local(spec, files, path, limit)
-        if not any(p.is_file() for p in path.rglob("*")):
-            raise CorpusError(f"{spec}: no files in this folder, expected {', '.join(SUFFIXES)}")
-    elif spec.endswith(SUFFIXES) or spec.startswith(("/", ".", "~")) or not spec:
-        raise CorpusError(f"{spec or '(empty name)'}: no such file or folder")
-    return _from_datasets(spec, limit)
-
-
-def _stdlib_rows() -> Iterator[RawRow]:
-    for i, f in enumerate(stdlib_functions()):
-        yield RawRow(STDLIB, i, f.where, {"prompt": f.stub, "completion": f.body, "group": f.group})
-
-
-def _local(spec: str, files: list[Path], root: Path, limit: int | None) -> Corpus:
-    names = [p.relative_to(root).as_posix() for p in files]
-
-    def rows() -> Iterator[RawRow]:
-        for path, name in zip(files, names):
-            read = _parquet_rows if name.endswith(".parquet") else _jsonl_rows
-            for index, line, value in read(path):
-                yield RawRow(name, index, f"{path}:{line}", value)
-
-    def fingerprint() -> str:
-        total = hashlib.sha256()
-        for path, name in zip(files, names):
-            with path.open("rb") as f:
-                total.update(f"{name}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-        return total.hexdigest()
-
-    return RowCorpus(spec, rows, fingerprint, limit=limit)
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """(index, line, row); both count every line, so that editing one row does not rename the others."""
-    try:
-        with path.open("rb") as raw:
-            lines = _unzipped_lines(raw) if path.name.endswith(".zst") else raw
-            for index, line in enumerate(lines):
-                if not line.strip():
-                    continue
-                value: Any
-                try:
-                    value = json.loads(line)
-                except UnicodeDecodeError:
-                    value = BadRow("not UTF-8")
-                except (ValueError, RecursionError):
-                    value = BadRow("not JSON")
-                yield index, f"{index + 1}", value
-    except (OSError, zstandard.ZstdError) as error:
-        raise CorpusError(
-            f"{path}: cannot be read ({_one_line(error)}); the file is damaged or cut off"
-        ) from error
-
-
-def _unzipped_lines(raw: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstd file of one or more frames. The library's own stream reader ends quietly in a cut-off
-    file."""
-    rest, frame = b"", None
-    for block in iter(lambda: raw.read(1 << 16), b""):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            *lines, rest = (rest + frame.decompress(block)).split(b"\n")
-            yield from lines
-            block = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise zstandard.ZstdError("it ends inside a frame")
-    yield rest
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [n for n in names if n in FIELDS] or names
-            index = 0
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for value in batch.to_pylist():
-                    yield index, f"row {index + 1}", value
-                    index += 1
-    except (OSError, pa.ArrowException) as error:
-        raise CorpusError(
-            f"{path}: cannot be read ({_one_line(error)}); the file is damaged or cut off"
-        ) from error
-
-
-def _from_datasets(spec: str, limit: int | None) -> Corpus:
-    """A data set that the `datasets` library loads by name, or from a folder in any of its formats; split
-    `train`."""
-    import datasets  # seconds to import, and local files do without
-
-    try:
-        builder = datasets.load_dataset_builder(spec)
-        stream = datasets.load_dataset(spec, split="train", streaming=True)
-    except Exception as error:  # the library raises a dozen kinds, network ones included
-        raise CorpusError(
-            f"{spec}: neither a file or folder here nor a data set that can be loaded ({_one_line(error)})"
-        ) from error
-
-    def rows() -> Iterator[RawRow]:
-        numbered = enumerate(stream)
-        while True:
-            try:
-                index, value = next(numbered)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise CorpusError(f"{spec}: cannot be read further ({_one_line(error)})") from error
-            yield RawRow(spec, index, f"{spec}: row {index + 1}", dict(value))
-
-    def fingerprint() -> str:
-        named = f"{spec}\0{builder.config.name}\0{builder.hash}"
-        return hashlib.sha256(named.encode()).hexdigest()
-
-    return RowCorpus(spec, rows, fingerprint, licence=builder.info.license or None, limit=limit)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    parts = []
+    for term in parse_mixture(spec):
+        fields = (*FIELDS, *(f.field for f in term.filters))
+        parts.append(Part(open_source(term.name, config=term.config, split=term.split, fields=fields), term))
+    return Corpus(spec, parts, limit=limit)

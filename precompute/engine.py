@@ -23,7 +23,7 @@ from shards.errors import ModelError
 from shards.noise import NoiseConfig, Plan, make_plan
 from shards.row import DenseTarget, Row, SparseTarget
 from student.attention import Coordinates
-from student.layout import PAD, Attention, Piece, group, pack
+from student.layout import PAD, SHARED_CLEAN, Attention, Piece, group, pack
 
 CUDA_TILE = 128
 """Packed rows are padded to whole FlexAttention tiles on CUDA."""
@@ -52,7 +52,7 @@ def default_row_tokens(
         streams: noisy streams of a sample: views, times two with CompDemo.
     """
     longest = -(-longest // block_size) * block_size
-    clean = 1 if attention == "staircase" else 0
+    clean = 1 if attention in SHARED_CLEAN else 0
     if device.type == "cpu":
         return max(1024, (clean + 1) * longest)
     return max(8192, (clean + streams) * longest)

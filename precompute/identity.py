@@ -4,16 +4,15 @@ codec, machine."""
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from precompute.config import PrecomputeConfig
 from precompute.corpus import Corpus
-from precompute.prepare import Preparer, shared_vocab_size
+from precompute.prepare import Preparer
 from precompute.teachers.base import TeacherSpec
-from precompute.tokens import template_hash
+from precompute.tokens import shared_vocab_size, template_hash
 from shards.codec import codec_to_json
 from shards.errors import UsageError
 from shards.noise import NoiseConfig
@@ -46,7 +45,6 @@ def manifest_config(
         template_hash=template_hash(preparer.student_template),
         max_length=preparer.config.student_length,
     )
-    local = Path(corpus.spec).expanduser().exists()
     return {
         "student": asdict(info),
         "teacher": {
@@ -62,7 +60,7 @@ def manifest_config(
         "loss_on": config.loss_on,
         "holdout": config.holdout,
         "source": {
-            "spec": Path(corpus.spec).name if local else corpus.spec,
+            "spec": corpus.name,
             "fingerprint": corpus.fingerprint,
             "licence": corpus.licence,
         },

@@ -13,12 +13,11 @@ import numpy as np
 
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
 from precompute.templates import RAW_ROLE, ContentSpan, Rendered, TemplateRefusal, chat_template, render
-from precompute.tokens import EdgeTokenizer, Tokens, byte_offsets, name_of
+from precompute.tokens import EdgeTokenizer, Kind, Tokens, byte_offsets, check_shared, name_of
 from shards.align import Alignment, Fate, Region, align_chunks, align_positions, outer_spans
 from shards.errors import UsageError
 from shards.noise import uniform01
 
-Kind = Literal["shared", "cross"]
 LossOn = Literal["last", "assistant", "all"]
 Targets = tuple[np.ndarray, PositionPairs | ChunkSpans, Counter[str]]
 """Teacher ids, alignment, and maskable student tokens without a counterpart, by reason."""
@@ -309,49 +308,3 @@ def _eos(tokenizer: Any) -> int:
             f"tokenizer {name_of(tokenizer)} has no EOS token: set eos_token in its configuration"
         )
     return int(tokenizer.eos_token_id)
-
-
-def infer_kind(student_tokenizer: Any, teacher_tokenizer: Any) -> Kind:
-    """`shared` iff the ordinary vocabularies agree: equal tokens under every id that both have, added ones
-    apart."""
-    return "shared" if _disagreement(student_tokenizer, teacher_tokenizer) is None else "cross"
-
-
-def check_shared(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Raise UsageError unless the two tokenizers share their ordinary vocabulary."""
-    at = (
-        None
-        if student_tokenizer is teacher_tokenizer
-        else _disagreement(student_tokenizer, teacher_tokenizer)
-    )
-    if at is not None:
-        raise UsageError(
-            f"kind shared needs one vocabulary, but token {at} is another in the student's tokenizer "
-            f"{name_of(student_tokenizer)} than in the teacher's {name_of(teacher_tokenizer)}: use kind cross"
-        )
-
-
-def shared_vocab_size(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
-    """Leading ids that mean the same in both tokenizers: up to the first that differs, is missing, or is a
-    mask token of either side (never a true token).
-
-    The paper's scripts set 151646 for Qwen by hand; whoever wants that number gives it instead of this one.
-    """
-    student, teacher = _by_id(student_tokenizer), _by_id(teacher_tokenizer)
-    masks = {getattr(t, "mask_token_id", None) for t in (student_tokenizer, teacher_tokenizer)}
-    size = 0
-    while size in student and size not in masks and student[size] == teacher.get(size):
-        size += 1
-    return size
-
-
-def _by_id(tokenizer: Any, *, added: bool = True) -> dict[int, str]:
-    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=added)
-    return {i: token for token, i in vocabulary.items()}
-
-
-def _disagreement(student_tokenizer: Any, teacher_tokenizer: Any) -> int | None:
-    """First ordinary id under which the two have different tokens; None = they agree on all they both
-    have."""
-    student, teacher = (_by_id(t, added=False) for t in (student_tokenizer, teacher_tokenizer))
-    return next((i for i in sorted(student.keys() & teacher.keys()) if student[i] != teacher[i]), None)

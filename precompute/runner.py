@@ -21,10 +21,11 @@ from precompute.corpus import Corpus, open_corpus
 from precompute.engine import Targets, default_row_tokens, make_part, plans_of
 from precompute.identity import manifest_config
 from precompute.inputs import Asking
-from precompute.prepare import Drop, PrepareConfig, Preparer, infer_kind
+from precompute.prepare import Drop, PrepareConfig, Preparer
 from precompute.sample import Conversation, Sample
 from precompute.teachers.base import Teacher
 from precompute.teachers.load import load_teacher, teacher_folder
+from precompute.tokens import infer_kind
 from shards.align import Fate
 from shards.errors import CorpusError, TideError, UsageError
 from shards.manifest import Manifest
@@ -111,7 +112,7 @@ class DropLimit:
         self.unaligned += unaligned
         if self.dropped.total() == self.rows:
             reason, n = self.dropped.most_common(1)[0]
-            where = self.corpus.first_skipped.get(reason) or self.first[reason]
+            where = next(iter(self.corpus.skipped_at.get(reason, ())), None) or self.first[reason]
             raise CorpusError(
                 f"{self.corpus.spec}: none of the first {self.rows} rows gives a sample, {n} because: "
                 f"{reason} (first in {where}); mend the corpus, or raise --student-max-length"
@@ -237,6 +238,7 @@ def make_dataset(
                 if work.part % workers != worker or done[1] >= work.last:
                     continue
                 at(work, 0)
+                preparer.notes.clear()
                 samples, dropped = limit.prepare(work, preparer)
                 rows, tokens = make_part(
                     teacher,
@@ -246,7 +248,8 @@ def make_dataset(
                     targets=targets,
                     progress=partial(at, work),
                 )
-                counts = part_report(samples, rows, dropped) | {"teacher_tokens": tokens}
+                counts = part_report(samples, rows, dropped)
+                counts |= {"teacher_tokens": tokens, "notes": dict(preparer.notes)}
                 writer.write_part(work.part, work.first, work.last, rows, counts)
                 at(work, work.last - work.first)
         except KeyboardInterrupt as e:
@@ -256,7 +259,7 @@ def make_dataset(
             ) from e
         if not writer.finished():
             raise UsageError(f"part {config.part}: the corpus has no part for this worker; use fewer workers")
-        return writer.finish()
+        return writer.finish({"skipped_at": corpus.skipped_at})
 
 
 def part_report(samples: Sequence[Sample], rows: Sequence[Row], dropped: Counter[str]) -> dict[str, Any]:

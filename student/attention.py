@@ -2,10 +2,11 @@
 
 Every token carries (sample s, stream v, block b, order o). A query may attend to a key iff s_q = s_k and
 
-    staircase       (v_k = 0 and b_k < b_q) or (v_q = v_k and b_q = b_k)
-    bidirectional    v_q = v_k
-    block-causal     v_q = v_k and b_k <= b_q
-    causal           v_q = v_k and o_k <= o_q
+    staircase         (v_k = 0 and b_k < b_q) or (v_q = v_k and b_q = b_k)
+    staircase-causal  (v_k = 0 and b_k < b_q) or (v_q = v_k and b_q = b_k and o_k <= o_q)
+    bidirectional      v_q = v_k
+    block-causal       v_q = v_k and b_k <= b_q
+    causal             v_q = v_k and o_k <= o_q
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def may_attend(attention: Attention, q: Coordinates, k: Coordinates) -> Any:
     same_stream = q.stream == k.stream
     if attention == "staircase":
         allowed = ((k.stream == 0) & (k.block < q.block)) | (same_stream & (k.block == q.block))
+    elif attention == "staircase-causal":
+        inside = same_stream & (k.block == q.block) & (k.order <= q.order)
+        allowed = ((k.stream == 0) & (k.block < q.block)) | inside
     elif attention == "bidirectional":
         allowed = same_stream
     elif attention == "block-causal":

@@ -16,8 +16,10 @@ import numpy as np
 
 from shards.errors import UsageError
 
-Attention = Literal["staircase", "bidirectional", "block-causal", "causal"]
+Attention = Literal["staircase", "staircase-causal", "bidirectional", "block-causal", "causal"]
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+SHARED_CLEAN: tuple[Attention, ...] = ("staircase", "staircase-causal")
+"""Kinds whose noisy streams share one clean stream; in the others each stands alone."""
 PAD = -1
 """Sample coordinate of padding: pads attend to one another only, so no row of the mask is empty."""
 
@@ -92,8 +94,8 @@ def lay_out(
     Raises:
         UsageError: shifted, and position 0 is asked (it has no left neighbour).
     """
-    shared = attention == "staircase"
-    parts: list[tuple[np.ndarray, np.ndarray, int]] = []  # ids, positions, stream
+    shared = attention in SHARED_CLEAN
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []  # ids, positions, order, stream
     start: dict[tuple[int, int], int] = {}  # (stream, block) -> index of the block's first token in the piece
     size = 0
     if shifted and any(len(s.asked) and s.asked[0] == 0 for s in streams):
@@ -103,7 +105,12 @@ def lay_out(
         nonlocal size
         for b in range(first // block_size, -(-last // block_size)):
             start[stream, b] = size + b * block_size - first
-        parts.append((ids[first:last], np.arange(first, last), stream))
+        position = np.arange(first, last)
+        order = position
+        if stream and attention == "staircase-causal":
+            order = np.empty_like(position)
+            order[np.argsort(ids[first:last] != clean[first:last], kind="stable")] = position
+        parts.append((ids[first:last], position, order, stream))
         size += last - first
 
     if shared:
@@ -123,7 +130,7 @@ def lay_out(
                 "bidirectional": len(s.ids),
                 "block-causal": min((final // block_size + 1) * block_size, len(s.ids)),
                 "causal": final if shifted else final + 1,
-            }[attention]
+            }[str(attention)]
             add(s.ids, v, 0, end)
 
     reads = []
@@ -133,13 +140,15 @@ def lay_out(
             b = int(w) // block_size
             v_read = 0 if shared and b < int(i) // block_size else v
             reads.append(start[v_read, b] + int(w) % block_size)
-    position = np.concatenate([p for _, p, _ in parts] or [np.zeros(0, dtype=np.int64)])
+    ids, position, order = (
+        np.concatenate([part[k] for part in parts] or [np.zeros(0)]).astype(np.int32) for k in range(3)
+    )
     return Piece(
-        ids=np.concatenate([ids for ids, _, _ in parts] or [np.zeros(0)]).astype(np.int32),
-        position=position.astype(np.int32),
-        stream=np.repeat([v for _, _, v in parts], [len(p) for _, p, _ in parts]).astype(np.int32),
-        block=(position // block_size).astype(np.int32),
-        order=position.astype(np.int32),
+        ids=ids,
+        position=position,
+        stream=np.repeat([v for *_, v in parts], [len(p) for _, p, _, _ in parts]).astype(np.int32),
+        block=position // np.int32(block_size),
+        order=order,
         read=np.asarray(reads, dtype=np.int64),
     )
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from shards.errors import ModelError
 
@@ -17,22 +17,43 @@ MASK_TOKEN = "<|mask|>"
 too)."""
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer of a model folder or hub id, with mask, eos and pad ids.
+def read_tokenizer(path: str | Path, *, tokenizer_type: str | None = None) -> Any:
+    """The tokenizer of a model folder or hub id as it is published; runs no code of it.
 
-    A missing mask token is added (`MASK_TOKEN`), a missing pad token is set to eos. The result depends on the
-    folder alone, so that both stages see equal ids and equal hashes.
+    Its own files alone decide: a configuration given here keeps the library from reading config.json, whose
+    model type it need not know and whose older fields it would warn about.
+
+    Args:
+        tokenizer_type: the library's tokenizer to read the files with; None = the one they name.
 
     Raises:
-        ModelError: no tokenizer there, no `tokenizer.json` form of it, or no eos token.
+        ModelError: no tokenizer there.
     """
+    how: dict[str, Any] = {"tokenizer_type": tokenizer_type} if tokenizer_type else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(
+            str(path), config=PreTrainedConfig(), trust_remote_code=False, **how
+        )
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ModelError(
             f"{path}: no tokenizer found ({_first_line(e)}); a model folder needs tokenizer.json and "
             "tokenizer_config.json"
         ) from e
+
+
+def load_tokenizer(path: str | Path, *, tokenizer_type: str | None = None) -> Any:
+    """The fast tokenizer of a model folder or hub id, with mask, eos and pad ids.
+
+    A missing mask token is added (`MASK_TOKEN`), a missing pad token is set to eos. The result depends on the
+    folder alone, so that both stages see equal ids and equal hashes.
+
+    Args:
+        tokenizer_type: see `read_tokenizer`.
+
+    Raises:
+        ModelError: no tokenizer there, no `tokenizer.json` form of it, or no eos token.
+    """
+    tokenizer = read_tokenizer(path, tokenizer_type=tokenizer_type)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"{path}: the tokenizer has no tokenizer.json form; convert it to a fast tokenizer")
     if tokenizer.eos_token_id is None:

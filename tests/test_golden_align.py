@@ -17,9 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerFast
 
-from precompute.prepare import PrepareConfig, Preparer, infer_kind, shared_vocab_size
+from precompute.prepare import PrepareConfig, Preparer
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
-from precompute.tokens import edges_from_pieces, token_bytes
+from precompute.tokens import edges_from_pieces, infer_kind, shared_vocab_size, token_bytes
 from shards.align import Region, align_chunks
 
 TEACHERS = ("llama3", "gpt4o", "deepseek_v3")

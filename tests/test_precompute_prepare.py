@@ -17,13 +17,11 @@ from precompute.prepare import (
     Drop,
     PrepareConfig,
     Preparer,
-    infer_kind,
     sample_id_of,
-    shared_vocab_size,
     split_of,
 )
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
-from precompute.tokens import EdgeTokenizer, byte_offsets, edges_from_offsets
+from precompute.tokens import EdgeTokenizer, byte_offsets, edges_from_offsets, infer_kind, shared_vocab_size
 from shards.align import Region, align_chunks, outer_spans
 from shards.errors import UsageError
 

@@ -263,7 +263,7 @@ def train_arm(*, out: str, arm: Arm, size: DemoSize, seed: int, report: Report) 
     config = TrainConfig(
         steps=size.steps,
         batch_tokens=1800,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         warmup=0.1,
         seed=seed,
         log_every=4,

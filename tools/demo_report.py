@@ -10,7 +10,8 @@ from typing import Any
 from student.evaluate import EvalResult, bootstrap, paired_bootstrap
 from tools.report_html import Bar, Column, Series, Table, bar_chart, interval, line_chart, write_report
 
-BASELINE = "ce"
+BASELINE, CONTROL = "ce", "ce-uniform"
+"""Objectives that arms of their pipeline are compared with, where it has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Verdict:
     """Bits per byte with its 95 % interval over held-out samples."""
     against_ce: tuple[float, float, float] | None
     """Paired difference to the CE arm of the same pipeline; None for that arm itself."""
+    against_control: tuple[float, float, float] | None
+    """The same to the re-weighted CE control; None where the pipeline has none."""
     by_t: dict[float, float]
     seconds: float
     tokens_per_s: float
@@ -35,8 +38,12 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
     evals = {name: EvalResult.from_json(arm["eval"]) for name, arm in result["arms"].items()}
     out = []
     for name, arm in result["arms"].items():
-        baseline = evals[f"{arm['pipeline']}-{BASELINE}"]
         own = evals[name]
+
+        def against(objective: str, pipeline: str = arm["pipeline"], own: EvalResult = own) -> Any:
+            other = evals.get(f"{pipeline}-{objective}")
+            return None if other is None or other is own else paired_bootstrap(own, other)
+
         out.append(
             Verdict(
                 name=name,
@@ -44,7 +51,8 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
                 objective=arm["objective"],
                 dataset=arm["dataset"],
                 bits=bootstrap(own),
-                against_ce=None if own is baseline else paired_bootstrap(own, baseline),
+                against_ce=against(BASELINE),
+                against_control=against(CONTROL),
                 by_t=own.by_t,
                 seconds=arm["seconds"],
                 tokens_per_s=arm["tokens"] / arm["seconds"],
@@ -61,22 +69,23 @@ def arms_table(result: dict[str, Any], judged: list[Verdict]) -> Table:
         Column(label="dataset", align="left"),
         Column(label="bits per byte [95 %]"),
         Column(label="against CE [95 %, paired]"),
+        Column(label="against control [95 %, paired]"),
         Column(label="train s", digits=1),
         Column(label="tokens/s", digits=0),
     )
     rows: list[tuple[Any, ...]] = []
     for name, data in result["reference"].items():
         value = bootstrap(EvalResult.from_json(data))
-        rows.append((name, "–", "–", interval(*value, digits=3), None, None, None))
+        rows.append((name, "–", "–", interval(*value, digits=3), None, None, None, None))
     for v in judged:
-        difference = interval(*v.against_ce, digits=3) if v.against_ce else None
+        compared = [interval(*d, digits=3) if d else None for d in (v.against_ce, v.against_control)]
         rows.append(
             (
                 v.name,
                 v.objective,
                 v.dataset,
                 interval(*v.bits, digits=3),
-                difference,
+                *compared,
                 v.seconds,
                 v.tokens_per_s,
             )
@@ -160,16 +169,17 @@ def findings(judged: list[Verdict]) -> list[str]:
     """What the intervals say, arm by arm; no more."""
     out = []
     for v in judged:
-        if v.against_ce is None:
-            continue
-        difference, low, high = v.against_ce
-        if high < 0:
-            says = f"is better than CE by {-difference:.3f} bits per byte"
-        elif low > 0:
-            says = f"is worse than CE by {difference:.3f} bits per byte"
-        else:
-            says = "cannot be told from CE"
-        out.append(f"{v.name} {says} (95 % interval of the difference {low:+.3f} to {high:+.3f}).")
+        for other, difference in (("CE", v.against_ce), ("the re-weighted control", v.against_control)):
+            if difference is None or (v.objective == BASELINE):
+                continue
+            value, low, high = difference
+            if high < 0:
+                says = f"is better than {other} by {-value:.3f} bits per byte"
+            elif low > 0:
+                says = f"is worse than {other} by {value:.3f} bits per byte"
+            else:
+                says = f"cannot be told from {other}"
+            out.append(f"{v.name} {says} (95 % interval of the difference {low:+.3f} to {high:+.3f}).")
     return out
 
 

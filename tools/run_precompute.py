@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,9 @@ def precompute(
     ctx: typer.Context,
     teacher: Annotated[str, opt("Teacher: model folder or hub id.", "DIR|ID")],
     student: Annotated[str, opt("Student: its tokenizer and chat template make the samples.", "DIR|ID")],
-    corpus: Annotated[str, opt("JSONL or Parquet path, `datasets` id, or builtin:stdlib.", "SPEC")],
+    corpus: Annotated[
+        str, opt("JSONL or Parquet path, `datasets` id, builtin:stdlib, or a mixture (below).", "SPEC")
+    ],
     out: Annotated[Path, opt("Folder of the logit dataset; an unfinished one is resumed.", "DIR")],
     limit: Annotated[int | None, opt("Read only the first N corpus rows (default: all).", "N", TEXT)] = None,
     holdout: Annotated[
@@ -77,9 +79,14 @@ def precompute(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Run a teacher over masked samples and write what it says as a logit dataset.
+    r"""Run a teacher over masked samples and write what it says as a logit dataset.
 
     Stopped at any moment, the same command goes on where it was.
+
+    A SPEC may join several corpora with +, each \[WEIGHT*]NAME\[:CONFIG]\[#SPLIT]\[\[FIELD:VALUE,...]], as in
+    2*allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all+OpenCoder-LLM/opc-sft-stage1\[lang:python]. Weights
+    are rates: shares of the first N rows, whatever N. A row passes a filter if its FIELD has the VALUE, or one
+    of several (lang:python|c); lang of rows without such a field looks for VALUE in the answer.
     """
     from precompute.config import PrecomputeConfig
     from precompute.runner import precompute as run
@@ -123,6 +130,8 @@ def precompute(
     samples = ", ".join(f"{n:,} {split}" for split, n in totals["samples"].items())
     size = f"{totals['rows']:,} rows of {samples} samples, {totals['bytes'] / 1e6:,.1f} MB"
     output.say(f"{out}: {size}, kind {manifest.kind}")
+    for line in losses(manifest.report):
+        output.say(line)
     output.result(
         {
             "command": "precompute",
@@ -133,3 +142,26 @@ def precompute(
             "report": manifest.report,
         }
     )
+
+
+def losses(report: dict[str, Any]) -> list[str]:
+    """What was lost on the way from corpus to targets, a line for rows and one for tokens, by reason."""
+
+    def reasons(counts: dict[str, int], places: dict[str, list[str]]) -> str:
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        return "; ".join(
+            f"{n:,} {reason}" + (f" (first at {places[reason][0]})" if places.get(reason) else "")
+            for reason, n in ordered
+        )
+
+    lines = []
+    if dropped := report["dropped"]:
+        rows = f"{sum(dropped.values()):,} of {report['corpus_rows']:,} corpus rows give no sample"
+        lines.append(f"{rows}: {reasons(dropped, report.get('skipped_at', {}))}")
+    if unaligned := report["unaligned_tokens"]:
+        lost, tokens = sum(unaligned.values()), report["content_tokens"]
+        share = f"{lost:,} of {tokens:,} target tokens ({lost / tokens:.2%}) have no teacher counterpart"
+        lines.append(f"{share}: {reasons(unaligned, {})}")
+    if notes := report.get("notes"):
+        lines.append(f"remarks on samples: {reasons(notes, {})}")
+    return lines

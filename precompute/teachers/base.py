@@ -7,9 +7,7 @@ that no [N, V] tensor is ever made.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +35,8 @@ class TeacherSpec:
     """Columns of its logits."""
     shifted: bool
     """The output at i - 1 predicts position i."""
+    block_size: int | None = None
+    """Tokens per block that it was trained with, in its own positions; None = the dataset's."""
     dtype: str
     """Number format it runs in: `float32` or `bfloat16`."""
     weights_hash: str
@@ -84,13 +84,3 @@ class TransformersTeacher:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's safetensors files, in name order."""
-    total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as f:
-            content = hashlib.file_digest(f, "sha256").hexdigest()
-        total.update(f"{file.name} {content}\n".encode())
-    return total.hexdigest()

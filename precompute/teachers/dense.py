@@ -1,12 +1,12 @@
-"""Dense teachers: Qwen2, Qwen3 and Llama structures, whatever family name their config.json gives.
+"""Dense teachers: Qwen2, Qwen3 and Llama structures, whatever names their checkpoints give them.
 
-WeDLM is Qwen3 (`qk_norm` true) or Qwen2 (false) by another name; a BD3LM student (`a2d-qwen3`) is Qwen3.
 Which tokens see which is decided by the attention mask, so the library's causal classes serve as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,65 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from precompute.teachers.checkpoint import Entry, empty_model, load_weights
+from precompute.teachers.families import SECTION, Family, family_of
 from shards.errors import ModelError
 
-Classes = tuple[Any, Any]
-"""A library configuration class and its model class."""
-
-QWEN2: Classes = (Qwen2Config, Qwen2ForCausalLM)
-QWEN3: Classes = (Qwen3Config, Qwen3ForCausalLM)
-STRUCTURES: dict[str, Callable[[Mapping[str, Any]], Classes]] = {
-    "wedlm": lambda published: QWEN3 if published.get("qk_norm") else QWEN2,
-    "a2d-qwen3": lambda published: QWEN3,
-    "qwen3": lambda published: QWEN3,
-    "qwen2": lambda published: QWEN2,
-    "llama": lambda published: (LlamaConfig, LlamaForCausalLM),
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
 }
-"""Model type -> the library's classes for a configuration of it."""
+"""Structure -> the library's configuration and model class."""
 
 NOT_STRUCTURE = (
-    "model_type",
-    "architectures",
-    "auto_map",
-    "qk_norm",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
+    *("model_type", "architectures", "auto_map", SECTION),
+    *("qk_norm", "transformers_version", "dtype", "torch_dtype"),
 )
 """Fields of a published configuration that say what it is called or how it was saved, not what it is."""
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def dense_config(published: Mapping[str, Any], family: Family, name: str = "config.json") -> Any:
+    """The library's configuration of a published one.
+
+    Raises:
+        ModelError: it is not one (says what the library finds wrong).
+    """
+    config_class, _ = CLASSES[family.structure]
+    settings = {
+        k: v
+        for k, v in published.items()
+        if k not in (*NOT_STRUCTURE, *family.fields, *family.requires)
+        and not (k == "rope_scaling" and v is None)  # the library reads null as a setting, and warns
+    }
+    settings |= {ours: published[k] for k, ours in family.fields.items() if published.get(k) is not None}
+    try:
+        return config_class(**settings)
+    except (TypeError, ValueError, KeyError) as e:
+        why = " ".join(str(e).split())
+        raise ModelError(f"{name}: not the configuration of a {family.structure} model ({why})") from e
+
+
+def published_name(ours: str, tensors: Mapping[str, str]) -> str:
+    """The published name of a parameter of the library, by `Family.tensors`."""
+    module, _, kind = ours.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", module)
+    theirs = tensors.get(re.sub(r"\.\d+\.", ".*.", module, count=1))
+    if theirs is None:
+        return ours
+    return f"{theirs.replace('*', layer[1]) if layer else theirs}.{kind}"
+
+
+def weight_map(config: Any, family: Family) -> list[Entry]:
+    """Every parameter of the model, exactly once, against the published tensor it is; a tied head is none."""
+    names = empty_model(CLASSES[family.structure][1], config).state_dict()
+    return [
+        Entry((name,), (published_name(name, family.tensors),))
+        for name in names
+        if not (name == HEAD and config.tie_word_embeddings)
+    ]
 
 
 def load_dense(
@@ -61,29 +94,17 @@ def load_dense(
     Raises:
         ModelError: tensors are missing, left over, or of the wrong shape (names them).
     """
-    config_class, model_class = STRUCTURES[published["model_type"]](published)
-    fields = {k: v for k, v in published.items() if k not in NOT_STRUCTURE}
-    if fields.get("rope_scaling") is None:  # the library reads null as a setting of its own, and warns
-        fields.pop("rope_scaling", None)
-    config = config_class(**fields)
-    try:
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            device_map={"": str(device)},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ModelError(
-            f"{folder}: cannot be read as {model_class.__name__}: {str(e).splitlines()[0]}"
-        ) from e
-    for problem in ("missing_keys", "unexpected_keys"):
-        if info[problem]:
-            raise ModelError(
-                f"{folder}: {problem.replace('_', ' ')} {', '.join(sorted(info[problem])[:3])} for "
-                f"{model_class.__name__}; is it a whole {published['model_type']} checkpoint?"
-            )
-    return model
+    name = str(folder / "config.json")
+    family = family_of(published, name)
+    config = dense_config(published, family, name)
+    tied = {published_name(HEAD, family.tensors): published_name(EMBEDDINGS, family.tensors)}
+    return load_weights(
+        folder,
+        CLASSES[family.structure][1],
+        config,
+        weight_map(config, family),
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        tied=tied if config.tie_word_embeddings else None,
+    )

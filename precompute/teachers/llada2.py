@@ -9,18 +9,16 @@ it one way, `to_llada2` the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 
+from precompute.teachers.checkpoint import Entry, load_weights
 from shards.errors import ModelError
 
 MODEL_TYPE = "llada2_moe"
@@ -40,34 +38,6 @@ SAME_NAME = (
     *("first_k_dense_replace", "routed_scaling_factor", "rms_norm_eps", "max_position_embeddings"),
 )
 """Fields both configurations have under one name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a layout against one or more of the other's: `ours` (library) and `theirs`
-    (published)."""
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    rows: tuple[int, ...] = ()
-    """Fused rows: how many each of `ours` takes of the one published tensor."""
-    parts: int = 0
-    """Stacked experts: published tensors joined along rows to form one expert."""
-
-    def to_ours(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self.rows:
-            return list(tensors[0].split(self.rows))
-        if self.parts:
-            experts = [torch.cat(tensors[i : i + self.parts]) for i in range(0, len(tensors), self.parts)]
-            return [torch.stack(experts)]
-        return tensors
-
-    def to_theirs(self, tensors: list[Tensor]) -> list[Tensor]:
-        if self.rows:
-            return [torch.cat(tensors)]
-        if self.parts:
-            return [t.clone() for expert in tensors[0] for t in expert.chunk(self.parts)]
-        return tensors
 
 
 def weight_map(config: Glm4MoeConfig) -> list[Entry]:
@@ -184,52 +154,22 @@ def load_llada2(
     device: torch.device | str,
     attn_implementation: str,
 ) -> Glm4MoeForCausalLM:
-    """Read a published checkpoint. Peak memory: the model and the parts of one of its tensors.
+    """Read a published checkpoint.
 
     Raises:
         ModelError: tensors are missing, left over, or of the wrong shape (names them).
     """
-    where = tensor_files(folder)
-    entries = weight_map(config)
-    wanted = {name for e in entries for name in e.theirs}
-    refuse(folder, "lacks", wanted - where.keys())
-    refuse(folder, "has tensors that no parameter takes:", where.keys() - wanted)
-    with torch.device("meta"):
-        model = Glm4MoeForCausalLM._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
-    shapes = {k: v.shape for k, v in model.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    open_files = {file: safe_open(file, framework="pt") for file in set(where.values())}
-    for e in entries:
-        built = e.to_ours([open_files[where[name]].get_tensor(name) for name in e.theirs])
-        for name, tensor in zip(e.ours, built, strict=True):
-            if tensor.shape != shapes[name]:
-                raise ModelError(
-                    f"{folder}: {e.theirs[0]} gives {name} the shape {list(tensor.shape)}, config.json says "
-                    f"{list(shapes[name])}: the weights belong to another configuration"
-                )
-            state[name] = tensor.to(device, torch.float32 if name.endswith(KEPT_IN_FLOAT32) else dtype)
-    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = Glm4MoeRotaryEmbedding(config).to(device)  # its frequencies are in no checkpoint
-    return model.eval()
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file, over all files of a folder."""
-    where: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            where |= dict.fromkeys(f.keys(), file)
-    return where
-
-
-def refuse(folder: Path, problem: str, names: Iterable[str]) -> None:
-    found = sorted(names)
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ModelError(
-            f"{folder}: {problem} {', '.join(found[:3])}{more}; is it a whole {MODEL_TYPE} checkpoint?"
-        )
+    return load_weights(
+        folder,
+        Glm4MoeForCausalLM,
+        config,
+        weight_map(config),
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        tied={"lm_head.weight": "model.word_embeddings.weight"} if config.tie_word_embeddings else None,
+        float32=KEPT_IN_FLOAT32,
+    )
 
 
 def to_llada2(model: Glm4MoeForCausalLM) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,29 +8,24 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
 
 from precompute.teachers import dense, llada2
-from precompute.teachers.base import TeacherSpec, TransformersTeacher, weights_hash
-from shards.errors import ModelError
+from precompute.teachers.base import TeacherSpec, TransformersTeacher
+from precompute.teachers.checkpoint import weights_hash
+from precompute.teachers.families import Family, family_of
+from shards.errors import ModelError, UsageError
 from student.layout import Attention
-
-DEFAULT_ATTENTION: dict[str, Attention] = {
-    llada2.MODEL_TYPE: "bidirectional",
-    **dict.fromkeys(dense.STRUCTURES, "staircase"),
-}
-"""Model type -> how its streams attend unless told otherwise (the paper's choices)."""
-
-PUBLISHED_MASK = {(llada2.MODEL_TYPE, 157184): 156895}
-"""(model type, vocabulary) -> mask id of published models that name it in neither tokenizer nor
-config.json."""
+from student.tokenizer import load_tokenizer, read_tokenizer
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 """What a teacher needs from the hub; never code."""
 
 
-def teacher_folder(path_or_id: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+def teacher_folder(path_or_id: str | Path) -> tuple[Path, str | None]:
     """The local folder of a model and, for a hub id, the commit it is at.
+
+    Args:
+        path_or_id: a folder, or `owner/name` on the hub; `owner/name@revision` for a branch, tag or commit.
 
     Raises:
         ModelError: no such folder, and no such model within reach on the hub.
@@ -38,12 +33,13 @@ def teacher_folder(path_or_id: str | Path, revision: str | None = None) -> tuple
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder, None
-    if folder.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
+    name, _, revision = str(path_or_id).partition("@")
+    if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise ModelError(f"{path_or_id}: no such model folder; give a folder with config.json, or a hub id")
     try:
-        folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=FILES))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
     except Exception as e:  # the hub client raises many kinds; all mean that the model is not to be had
-        reason = str(e).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ModelError(f"{path_or_id}: neither a folder nor reachable on the hub ({reason})") from e
     return folder, folder.name
 
@@ -61,20 +57,31 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no config.json; a model folder holds config.json and safetensors") from e
     except ValueError as e:
         raise ModelError(f"{file}: not JSON ({e}); copy the model folder again") from e
-    family = published.get("model_type") if isinstance(published, dict) else None
-    if family not in DEFAULT_ATTENTION:
-        raise ModelError(f"{file}: model_type {family!r} is not one of {', '.join(DEFAULT_ATTENTION)}")
+    if not isinstance(published, dict):
+        raise ModelError(f"{file}: not a model configuration; copy the model folder again")
+    family_of(published, str(file))
     return published
 
 
-def mask_token_id(folder: Path, published: dict[str, Any]) -> int:
-    """Mask id from the tokenizer, else from config.json, else the one its published model is known to use."""
-    vocab_size = published["vocab_size"]
+def load_teacher_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer of a teacher, as `student.tokenizer.load_tokenizer` gives it.
+
+    Raises:
+        ModelError: no such model, or no tokenizer there that can be read without running its code.
+    """
+    folder, _ = teacher_folder(path_or_id)
+    return load_tokenizer(folder, tokenizer_type=family_of(read_config(folder)).tokenizer_type)
+
+
+def mask_token_id(folder: Path, published: dict[str, Any], family: Family, vocab_size: int) -> int:
+    """Mask id from the tokenizer, else from config.json, else the one its family is known to use."""
     mask = None
     if any(folder.glob("tokenizer*.json")):
-        mask = AutoTokenizer.from_pretrained(folder).mask_token_id
+        mask = read_tokenizer(folder, tokenizer_type=family.tokenizer_type).mask_token_id
     if mask is None:
-        mask = published.get("mask_token_id", PUBLISHED_MASK.get((published["model_type"], vocab_size)))
+        mask = published.get("mask_token_id")
+    if mask is None and family.mask_token_id is not None and family.mask_token_id < vocab_size:
+        mask = family.mask_token_id
     if mask is None:
         raise ModelError(
             f"{folder}: no mask token: config.json needs mask_token_id, or its tokenizer a mask_token"
@@ -90,42 +97,47 @@ def load_teacher(
     attention: Attention | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
 ) -> TransformersTeacher:
     """A frozen teacher from a transformers folder or hub id; runs no code of the checkpoint.
 
     Args:
-        attention: how its streams attend; None = the family's own (`DEFAULT_ATTENTION`).
-        revision: commit, branch or tag on the hub.
+        path_or_id: see `teacher_folder`.
+        attention: how its streams attend; None = the family's own way.
 
     Raises:
         ModelError: missing folder, unknown family, weights missing or left over, no mask token.
+        UsageError: an attention kind that does not go with shifted outputs.
     """
-    folder, commit = teacher_folder(path_or_id, revision)
+    folder, commit = teacher_folder(path_or_id)
     published = read_config(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: no safetensors file; a model folder holds config.json and safetensors")
-    family = published["model_type"]
-    mask = mask_token_id(folder, published)
-    implementation = "flex_attention" if torch.device(device).type == "cuda" else "sdpa"
-    model: Any
-    if family == llada2.MODEL_TYPE:
-        config = llada2.glm_config(published, str(folder / "config.json"))
-        model = llada2.load_llada2(
-            folder, config, dtype=dtype, device=device, attn_implementation=implementation
+    family = family_of(published)
+    attention = attention or family.attention
+    if family.shifted and attention == "staircase-causal":
+        raise UsageError(
+            f"teacher-attention {attention} reorders blocks, but {published['model_type']} reads each position "
+            f"at its left neighbour: use {family.attention}"
         )
-    else:
-        model = dense.load_dense(
-            folder, published, dtype=dtype, device=device, attn_implementation=implementation
-        )
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "attn_implementation": "flex_attention" if torch.device(device).type == "cuda" else "sdpa",
+    }
+    name = str(folder / "config.json")
+    moe = family.structure == "llada2"
+    config = llada2.glm_config(published, name) if moe else dense.dense_config(published, family, name)
+    mask = mask_token_id(folder, published, family, config.vocab_size)  # before gigabytes are read
+    model: Any = (
+        llada2.load_llada2(folder, config, **how) if moe else dense.load_dense(folder, published, **how)
+    )
     spec = TeacherSpec(
-        name=str(path_or_id) if commit else folder.resolve().name,
+        name=str(path_or_id).partition("@")[0] if commit else folder.resolve().name,
         revision=commit,
-        architecture=family,
-        attention=attention or DEFAULT_ATTENTION[family],
+        architecture=published["model_type"],
+        attention=attention,
         mask_token_id=mask,
         vocab_size=model.get_output_embeddings().weight.shape[0],
-        shifted=False,
+        shifted=family.shifted,
+        block_size=family.block_size,
         dtype=str(dtype).removeprefix("torch."),
         weights_hash=weights_hash(folder),
     )
