@@ -126,7 +126,8 @@ class Corpus:
                 yield Conversation(messages, source, row.number, group if isinstance(group, str) else None)
             if not usable:
                 raise CorpusError(
-                    f"{part.source.prefix}{source}:{first}; none of {bad} rows is usable: expected fields {SHAPES}"
+                    f"{part.source.prefix}{source}:{first}; none of {bad} rows is usable: expected fields "
+                    f"{SHAPES}"
                 )
         if filtered is not None and not taken:
             raise CorpusError(

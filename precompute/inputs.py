@@ -7,8 +7,9 @@ B and shows half A, pass 2 the reverse. Both pipelines differ only in what they 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from precompute.sample import ChunkSpans, PositionPairs, Sample
 from shards.errors import UsageError
 from shards.noise import Plan
 from student.layout import Attention, Piece, Stream, lay_out
+
+NO_LEFT_NEIGHBOUR = "first token of a shifted teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,32 @@ class Asking:
     row_tokens: int
     """Longest piece that may be made."""
     compdemo: bool
+
+
+def without_first(sample: Sample) -> Sample:
+    """The sample without what a shifted teacher cannot be asked: its first token has no left neighbour.
+
+    Nothing is aligned with that token any more; what was is counted under `NO_LEFT_NEIGHBOUR`.
+    """
+    aligned = sample.alignment
+    start = aligned.teacher if isinstance(aligned, PositionPairs) else aligned.teacher_start
+    keep = start > 0
+    if keep.all():
+        return sample
+    rest: PositionPairs | ChunkSpans
+    if isinstance(aligned, PositionPairs):
+        lost = 1
+        rest = PositionPairs(aligned.student[keep], aligned.teacher[keep])
+    else:
+        first, length = aligned.student_start[0], aligned.student_length[0]
+        lost = int(sample.maskable[first : first + length].sum())
+        rest = ChunkSpans(
+            aligned.student_start[keep],
+            aligned.student_length[keep],
+            aligned.teacher_start[keep],
+            aligned.teacher_length[keep],
+        )
+    return replace(sample, alignment=rest, dropped=sample.dropped + Counter({NO_LEFT_NEIGHBOUR: lost}))
 
 
 def questions(sample: Sample, view: int, plan: Plan, *, compdemo: bool) -> list[Question]:

@@ -121,7 +121,7 @@ def interleave(streams: Sequence[Iterator[T]], weights: Sequence[float]) -> Iter
     taken = [0] * len(streams)
     left = set(range(len(streams)))
     while left:
-        at = min(left, key=lambda i: ((taken[i] + 1) / weights[i], i))
+        at = min(left, key=lambda i: ((taken[i] + 0.5) / weights[i], i))
         try:
             item = next(streams[at])
         except StopIteration:

@@ -20,11 +20,11 @@ from precompute.config import DTYPES, PrecomputeConfig
 from precompute.corpus import Corpus, open_corpus
 from precompute.engine import Targets, default_row_tokens, make_part, plans_of
 from precompute.identity import manifest_config
-from precompute.inputs import Asking
+from precompute.inputs import Asking, without_first
 from precompute.prepare import Drop, PrepareConfig, Preparer
 from precompute.sample import Conversation, Sample
 from precompute.teachers.base import Teacher
-from precompute.teachers.load import load_teacher, teacher_folder
+from precompute.teachers.load import load_teacher, load_teacher_tokenizer
 from precompute.tokens import infer_kind
 from shards.align import Fate
 from shards.errors import CorpusError, TideError, UsageError
@@ -138,7 +138,7 @@ def content_and_unaligned(samples: Sequence[Sample]) -> tuple[int, Counter[str]]
 def make_preparer(config: PrecomputeConfig) -> Preparer:
     """Tokenizers and templates of both models, and the pipeline that they mean."""
     student = load_tokenizer(config.student)
-    teacher = load_tokenizer(teacher_folder(config.teacher)[0])
+    teacher = load_teacher_tokenizer(config.teacher)
     return Preparer(
         student,
         teacher,
@@ -196,17 +196,18 @@ def make_dataset(
         compdemo=config.compdemo,
         demo_ratio=config.demo_ratio,
     )
+    block_size = spec.block_size or config.block_size
     row_tokens = config.row_tokens or default_row_tokens(
         preparer.config.teacher_length,
         streams=config.views * (2 if config.compdemo else 1),
         attention=spec.attention,
-        block_size=config.block_size,
+        block_size=block_size,
         device=teacher.device,
     )
     asking = Asking(
         mask_id=spec.mask_token_id,
         attention=spec.attention,
-        block_size=config.block_size,
+        block_size=block_size,
         shifted=spec.shifted,
         row_tokens=row_tokens,
         compdemo=config.compdemo,
@@ -240,6 +241,8 @@ def make_dataset(
                 at(work, 0)
                 preparer.notes.clear()
                 samples, dropped = limit.prepare(work, preparer)
+                if spec.shifted:
+                    samples = [without_first(s) for s in samples]
                 rows, tokens = make_part(
                     teacher,
                     samples,

@@ -80,12 +80,13 @@ def lay_out(
 
     `staircase` shares the clean stream among all noisy ones (one pass over x0 serves both halves and
     all views); noisy blocks without an asked position and clean blocks at or after the last packed noisy one
-    are left out, since nobody reads them. The other kinds read one stream each and share nothing:
-    `bidirectional` keeps it whole, `block-causal` drops the blocks after the last asked one, `causal` the
-    tokens after the last one read.
+    are left out, since nobody reads them. `staircase-causal` is WeDLM's own form of it: inside a noisy block
+    the tokens shown (those equal to `clean`) come before those hidden in order, each at its own position.
+    The other kinds read one stream each and share nothing: `bidirectional` keeps it whole, `block-causal`
+    drops the blocks after the last asked one, `causal` the tokens after the last one read.
 
     Args:
-        clean: [L] clean token ids; read by `staircase` alone.
+        clean: [L] clean token ids; read by the staircase kinds alone.
         streams: noisy streams; one without asked positions costs nothing.
         shifted: the output at i - 1 predicts position i (autoregressive and AR-converted models). A block's
             first token is then read from the clean stream of the block before (staircase), or its left

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from precompute.corpus import Corpus, open_corpus
+from precompute.corpus import PLACES, Corpus, open_corpus
 from precompute.sample import Message
 from shards.errors import CorpusError
 
@@ -88,9 +88,10 @@ def test_bad_rows_are_skipped_and_counted_with_their_line(tmp_path: Path) -> Non
     assert [c.messages for c in found] == [MESSAGES[0], MESSAGES[3]]
     assert [c.index for c in found] == [0, 9]
     assert corpus.skipped.total() == 7
-    where = {reason.split(" ")[0]: at.rsplit(":", 1)[1] for reason, at in corpus.first_skipped.items()}
-    assert corpus.first_skipped["found fields question, reply"] == f"{path}:4"
-    assert where["not"] in ("2", "6")
+    assert corpus.skipped_at["found fields question, reply"] == ["a.jsonl:4"]
+    assert corpus.skipped_at["not JSON"] == ["a.jsonl:2"]
+    assert corpus.skipped_at["not UTF-8"] == ["a.jsonl:6"]
+    assert sum(map(len, corpus.skipped_at.values())) == 7
     assert list(corpus) == found, "a second pass starts afresh"
     assert corpus.skipped.total() == 7
 
@@ -124,6 +125,25 @@ def test_wrong_field_everywhere_names_file_line_and_fields(tmp_path: Path) -> No
     pq.write_table(pa.table({"question": ["q"]}), table)
     with pytest.raises(CorpusError, match=r"b\.parquet:row 1: found fields question"):
         list(open_corpus(str(table)))
+
+
+def test_every_file_must_have_a_usable_row(tmp_path: Path) -> None:
+    """One good file does not hide another that holds something else; an empty one is no harm."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    assert messages(open_corpus(str(tmp_path))) == MESSAGES
+    (tmp_path / "c.jsonl").write_bytes(jsonl([{"question": "q"}] * 2))
+    with pytest.raises(CorpusError) as error:
+        list(open_corpus(str(tmp_path)))
+    assert f"{tmp_path / 'c.jsonl'}:1: found fields question; none of 2 rows" in one_line(error)
+
+
+def test_places_of_skipped_rows_are_bounded(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": 1}] * 1000 + ROWS))
+    corpus = open_corpus(str(tmp_path / "a.jsonl"))
+    assert messages(corpus) == MESSAGES
+    assert corpus.skipped == {"field text must be text, found int": 1000}
+    assert [len(places) for places in corpus.skipped_at.values()] == [PLACES]
 
 
 def test_missing_empty_unknown_and_damaged(tmp_path: Path) -> None:
@@ -162,6 +182,63 @@ def test_datasets_library(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as error:
         open_corpus("nobody/no-such-data-set")
     assert "neither a file or folder here" in one_line(error)
+
+
+CONFIGS = """---
+configs:
+- config_name: one
+  data_files:
+  - {split: train, path: one.csv}
+  - {split: extra, path: extra.csv}
+- config_name: NAME
+  data_files: two.csv
+---
+"""
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """A folder in the form of a hub repository: two configurations, one with two splits."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i, name in enumerate(("one", "extra", "two")):
+        (folder / f"{name}.csv").write_text(f"prompt,completion,lang\np{i},c{i},py\nq{i},d{i},c\n")
+    (folder / "README.md").write_text(CONFIGS)
+    return folder
+
+
+def prompts(spec: object) -> list[str]:
+    return [c.messages[0].content for c in open_corpus(str(spec))]
+
+
+def test_configurations_and_splits(data_set: Path) -> None:
+    """By name; without one: the default, else `all`, else all of them in turn, each a source of its own."""
+    assert prompts(f"{data_set}:one") == ["p0", "q0"]
+    assert prompts(f"{data_set}:one#extra") == ["p1", "q1"]
+    assert prompts(f"{data_set}:NAME#train") == ["p2", "q2"]
+    assert prompts(data_set) == ["p0", "q0", "p2", "q2"]
+    assert {c.source for c in open_corpus(str(data_set))} == {"set:one", "set:NAME"}
+    for name in ("all", "default"):
+        (data_set / "README.md").write_text(CONFIGS.replace("NAME", name))
+        assert prompts(data_set) == ["p2", "q2"]
+    prints = {open_corpus(f"{data_set}{x}").fingerprint for x in ("", ":one", ":one#extra", ":all")}
+    assert len(prints) == 3, "the default configuration is the same as itself by name"
+    for spec, part in {
+        f"{data_set}:three": "three",
+        f"{data_set}:one#test": "no split 'test'; choose one, as in set#train",
+        "builtin:stdlib#test": "has no configurations or splits",
+    }.items():
+        with pytest.raises(CorpusError) as error:
+            open_corpus(spec)
+        assert part in one_line(error)
+
+
+def test_a_split_of_a_folder_of_plain_files(tmp_path: Path) -> None:
+    """The library's reading of file names; without a split, all files are read."""
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(jsonl([{"text": split}]))
+    assert prompts(f"{tmp_path}#test") == ["test"]
+    assert prompts(tmp_path) == ["test", "train"]
 
 
 def test_standard_library() -> None:

@@ -192,15 +192,18 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         values = EvalResult.from_json(data).by_t
         by_t.append(Series(name=name, x=list(values), y=list(values.values())))
     figures = []
-    bars = [Bar(v.name, *v.against_ce) for v in judged if v.against_ce is not None]
-    figures.append(
-        bar_chart(
-            "Difference to CE",
-            bars,
-            x_label="bits per byte against the CE arm of the same pipeline (left is better)",
-            caption="Paired bootstrap over held-out samples, 95 %.",
+    for other, differences in (
+        ("CE", {v.name: v.against_ce for v in judged}),
+        ("the re-weighted control", {v.name: v.against_control for v in judged}),
+    ):
+        figures.append(
+            bar_chart(
+                f"Difference to {other}",
+                [Bar(name=name, value=d[0], low=d[1], high=d[2]) for name, d in differences.items() if d],
+                x_label=f"bits per byte against {other} of the same pipeline (left is better)",
+                caption="Paired bootstrap over held-out samples, 95 %.",
+            )
         )
-    )
     figures.append(
         line_chart(
             "Held-out likelihood by timestep",
@@ -224,7 +227,7 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
                 x_label="step",
                 y_label="masked CE, weight 1/t (nats)",
                 markers=False,
-                caption="Mean of five logged steps. Arms of a pipeline see the same noise.",
+                caption="Mean of five logged steps. Arms of a pipeline see the same noise, each dataset in its own order.",
             )
         )
     intro = (
@@ -235,8 +238,6 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
     )
     if quick:
         intro += "This is a quick run: it shows that every stage works. Its numbers mean nothing."
-    else:
-        intro += " ".join(findings(judged))
     return write_report(
         path,
         title="tide demo",
@@ -244,6 +245,7 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         tables=[arms_table(result, judged), data_table(result), models_table(result)],
         figures=figures,
         notes=[
+            *([] if quick else findings(judged)),
             "ce-uniform is CE with the extra weight spread evenly: what re-weighting alone does. An "
             "objective that does not beat it has not been shown to profit from the teacher.",
             "kl reads the dataset without CompDemo, tidal the one with it; both hold the same noise.",

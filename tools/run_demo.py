@@ -8,22 +8,18 @@ from typing import Annotated
 import typer
 
 from tools.console import Output, Progress
+from tools.options import Config, Json, opt, saved_options
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for models, datasets, students and the report.")] = Path(
+    ctx: typer.Context,
+    out: Annotated[Path, opt("Folder for models, datasets, students and the report.", "DIR")] = Path(
         "demo-out"
     ),
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="The same code with few steps, under two minutes; its numbers mean nothing."
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights, noise, order and held-out modules.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on the last line of standard output.")
-    ] = False,
+    quick: Annotated[bool, opt("The same code with few steps; the numbers mean nothing.")] = False,
+    seed: Annotated[int, opt("Of weights, noise, order and held-out modules.", "S")] = 0,
+    config: Config = None,
+    json: Json = False,
 ) -> None:
     """The whole path on CPU, on text that is on every machine: teachers, logit datasets, students, a report.
 
@@ -32,8 +28,8 @@ def demo(
     from tools.demo import FULL, QUICK, run_demo
     from tools.demo_report import arms_table, data_table, findings, models_table, verdicts, write_page
 
-    output = Output(as_json=as_json)
-    with Progress() as progress:
+    output = Output(as_json=json)
+    with saved_options(ctx, out / "tide-demo.yaml"), Progress() as progress:
         result = run_demo(out, size=QUICK if quick else FULL, seed=seed, progress=progress)
     judged = verdicts(result)
     page = write_page(out / "report.html", result, quick=quick)
@@ -51,6 +47,7 @@ def demo(
             "stage_seconds": result["stage_seconds"],
             "bits_per_byte": {v.name: v.bits for v in judged},
             "against_ce": {v.name: v.against_ce for v in judged},
+            "against_control": {v.name: v.against_control for v in judged},
             "datasets": {name: d["totals"] for name, d in result["datasets"].items()},
         }
     )

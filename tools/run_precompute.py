@@ -84,9 +84,9 @@ def precompute(
     Stopped at any moment, the same command goes on where it was.
 
     A SPEC may join several corpora with +, each \[WEIGHT*]NAME\[:CONFIG]\[#SPLIT]\[\[FIELD:VALUE,...]], as in
-    2*allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all+OpenCoder-LLM/opc-sft-stage1\[lang:python]. Weights
-    are rates: shares of the first N rows, whatever N. A row passes a filter if its FIELD has the VALUE, or one
-    of several (lang:python|c); lang of rows without such a field looks for VALUE in the answer.
+    2*allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all+OpenCoder-LLM/opc-sft-stage1\[lang:python].
+    Weights are rates: shares of the first N rows, whatever N. A row passes a filter if its FIELD has the
+    VALUE, or one of several (lang:python|c); lang of rows without such a field looks for VALUE in the answer.
     """
     from precompute.config import PrecomputeConfig
     from precompute.runner import precompute as run
