@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -82,6 +82,8 @@ class Drop:
     reason: str
     """One of a few fixed sentences, fit for counting."""
     detail: str = ""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """As in `Sample`: what its maskable tokens would have needed, where alignment was tried."""
 
 
 class Preparer:
@@ -164,7 +166,7 @@ class Preparer:
             found = self._align(messages, shown, asked, tokens, seen, real)
             teacher_ids, alignment, dropped = self._aligned(found, seen, maskable, real)
         if not len(teacher_ids):
-            return Drop("nothing aligned")
+            return Drop("nothing aligned", dropped=dropped)
         return Sample(
             sample_id=sample_id_of(conversation),
             split=split_of(conversation, holdout=self.config.holdout, seed=self.config.seed),

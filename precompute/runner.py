@@ -75,6 +75,19 @@ def cut(corpus: Corpus, size: int) -> Iterator[Range]:
         seen, first = skipped, first + len(taken)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A range, ready for the teacher."""
+
+    samples: list[Sample]
+    dropped: Counter[str]
+    """Corpus rows that give no sample, by reason."""
+    content_tokens: int
+    """Maskable tokens that a teacher counterpart can be expected of, those of dropped rows included."""
+    unaligned: Counter[str]
+    """Those of them that have none, by reason."""
+
+
 class DropLimit:
     """Counts what is lost on the way to the teacher, and stops the run when it is too much.
 
@@ -90,24 +103,31 @@ class DropLimit:
         self.content_tokens = 0
         self.unaligned: Counter[str] = Counter()
 
-    def prepare(self, work: Range, preparer: Preparer) -> tuple[list[Sample], Counter[str]]:
-        """The samples of a range, and the rows that give none, by reason.
+    def prepare(self, work: Range, preparer: Preparer, *, shifted: bool = False) -> Prepared:
+        """The samples of a range, and what is lost. `shifted`: of the teacher's outputs.
 
         Raises:
             CorpusError: of all target tokens so far, more than `most` are unaligned, or no row gave a sample.
         """
         samples: list[Sample] = []
         dropped = Counter(work.skipped)
+        unaligned: Counter[str] = Counter()
+        content = 0
         for conversation in work.conversations:
             made = preparer.prepare(conversation)
+            if shifted and isinstance(made, Sample):
+                made = without_first(made)
+            unaligned += made.dropped
             if isinstance(made, Drop):
+                content += made.dropped.total()
                 dropped[made.reason] += 1
                 self.first.setdefault(made.reason, f"{conversation.source} row {conversation.index + 1}")
             else:
+                content += int(made.maskable.sum())
                 samples.append(made)
+        content -= unaligned.pop(Fate.NOT_CONTENT.label, 0)
         self.rows += len(work.conversations) + work.skipped.total()
         self.dropped += dropped
-        content, unaligned = content_and_unaligned(samples)
         self.content_tokens += content
         self.unaligned += unaligned
         if self.dropped.total() == self.rows:
@@ -125,14 +145,7 @@ class DropLimit:
                 f"rows have no teacher counterpart, {n} because: {reason}; look at the two chat templates "
                 f"and --teacher-max-length, or raise --max-dropped ({self.most:g})"
             )
-        return samples, dropped
-
-
-def content_and_unaligned(samples: Sequence[Sample]) -> tuple[int, Counter[str]]:
-    """Maskable tokens that a teacher counterpart can be expected of, and those that have none, by reason."""
-    unaligned: Counter[str] = sum((s.dropped for s in samples), Counter())
-    other = unaligned.pop(Fate.NOT_CONTENT.label, 0)
-    return sum(int(s.maskable.sum()) for s in samples) - other, unaligned
+        return Prepared(samples, dropped, content, unaligned)
 
 
 def make_preparer(config: PrecomputeConfig) -> Preparer:
@@ -240,18 +253,16 @@ def make_dataset(
                     continue
                 at(work, 0)
                 preparer.notes.clear()
-                samples, dropped = limit.prepare(work, preparer)
-                if spec.shifted:
-                    samples = [without_first(s) for s in samples]
+                ready = limit.prepare(work, preparer, shifted=spec.shifted)
                 rows, tokens = make_part(
                     teacher,
-                    samples,
-                    [plans_of(s, noise) for s in samples],
+                    ready.samples,
+                    [plans_of(s, noise) for s in ready.samples],
                     asking=asking,
                     targets=targets,
                     progress=partial(at, work),
                 )
-                counts = part_report(samples, rows, dropped)
+                counts = part_report(ready, rows)
                 counts |= {"teacher_tokens": tokens, "notes": dict(preparer.notes)}
                 writer.write_part(work.part, work.first, work.last, rows, counts)
                 at(work, work.last - work.first)
@@ -265,18 +276,13 @@ def make_dataset(
         return writer.finish({"skipped_at": corpus.skipped_at})
 
 
-def part_report(samples: Sequence[Sample], rows: Sequence[Row], dropped: Counter[str]) -> dict[str, Any]:
-    """Counts of a part that the totals of its rows do not show; summed over parts in the manifest.
-
-    `content_tokens` are the maskable tokens that a counterpart can be expected of, `unaligned_tokens` those
-    of them that have none, by reason.
-    """
-    content, unaligned = content_and_unaligned(samples)
+def part_report(ready: Prepared, rows: Sequence[Row]) -> dict[str, Any]:
+    """Counts of a part that the totals of its rows do not show; summed over parts in the manifest."""
     report: dict[str, Any] = {
-        "corpus_rows": len(samples) + dropped.total(),
-        "dropped": dict(dropped),
-        "content_tokens": content,
-        "unaligned_tokens": dict(unaligned),
+        "corpus_rows": len(ready.samples) + ready.dropped.total(),
+        "dropped": dict(ready.dropped),
+        "content_tokens": ready.content_tokens,
+        "unaligned_tokens": dict(ready.unaligned),
     }
     chunks = [r.chunks.logp for r in rows if r.chunks is not None]
     if chunks:

@@ -188,7 +188,8 @@ def _from_datasets(where: str, name: str, config: str | None, split: str | None)
     for found in splits:
         if wanted not in found:
             raise CorpusError(f"{where}: no split {wanted!r}; choose one, as in {name}#{next(iter(found))}")
-    sources = [f"{name}:{c}" if config or len(configs) > 1 else name for c in configs]
+    suffix = "" if wanted == "train" else f"#{wanted}"
+    sources = [f"{name}{'' if c == 'default' else f':{c}'}{suffix}" for c in configs]
 
     def rows() -> Iterator[RawRow]:
         for source, found in zip(sources, splits):

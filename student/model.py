@@ -1,4 +1,4 @@
-"""The student network `a2d-qwen3`: transformers' Qwen3, bidirectional, logits only where they are read.
+"""Loading a student, `a2d-qwen3` (`student.modeling_a2d_qwen3` has the network).
 
 Importing this module registers the family with the Auto classes. Weights, names and config fields are
 Qwen3's, so any Qwen3 checkpoint is a starting point and published a2d-qwen3 students load unchanged.
@@ -14,66 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as hf_logging
 
 from shards.errors import ModelError
+from student.modeling_a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel, A2DQwen3Model
 from student.tokenizer import load_tokenizer
 
 ACCEPTED = ("a2d-qwen3", "qwen3")
 """Values of `model_type` that a student can start from."""
-
-
-class A2DQwen3Config(Qwen3Config):
-    """Qwen3's configuration under the student's model type."""
-
-    model_type = "a2d-qwen3"
-    is_causal = False  # transformers builds bidirectional masks for a config that says so
-
-
-class A2DQwen3Model(Qwen3Model):
-    """Qwen3's decoder stack with bidirectional attention."""
-
-    config_class = A2DQwen3Config
-
-    def __init__(self, config: A2DQwen3Config) -> None:
-        super().__init__(config)
-        for layer in self.layers:
-            layer.self_attn.is_causal = False  # without a mask, SDPA and flash attention ask the module
-
-
-class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
-    """The student with its head. Output i predicts token i (not the next one)."""
-
-    config_class = A2DQwen3Config
-
-    def __init__(self, config: A2DQwen3Config) -> None:
-        super().__init__(config)
-        self.model = A2DQwen3Model(config)
-        self.loss_type = "ForMaskedLM"  # `labels`, where a caller passes them, are not shifted
-        self.post_init()
-
-    def forward(self, input_ids: Tensor | None = None, *, read: Tensor | None = None, **kwargs: Any) -> Any:
-        """As Qwen3ForCausalLM's; with `read`, logits are made at those tokens alone.
-
-        Args:
-            read: [N] int64 into the flattened [R * P] tokens; `logits` is then [N, V]. Going through
-                `forward` keeps wrappers (DDP, FSDP, autocast) in the loop.
-        """
-        if read is None:
-            return super().forward(input_ids=input_ids, **kwargs)
-        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden.flatten(0, 1)[read]))
 
 
 AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
@@ -153,10 +102,9 @@ def _config(path: str | Path) -> A2DQwen3Config:
             f"{path}: model_type {config.model_type!r} is not a student family; accepted: "
             f"{', '.join(ACCEPTED)}"
         )
-    if config.model_type == A2DQwen3Config.model_type:
-        return config
     fields = config.to_dict()
-    for name in ("model_type", "architectures"):
+    # auto_map names modelling code beside that checkpoint, which is not beside those that this student saves.
+    for name in ("model_type", "architectures", "auto_map"):
         fields.pop(name, None)
     return A2DQwen3Config(**fields)
 

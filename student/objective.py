@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shards.errors import UsageError
 from student.losses import chunks, divergence
-from student.losses.ce import Normalisation, ce_share, gold_log_probs, timestep_weight
+from student.losses.ce import NoiseSchedule, Normalisation, ce_share, gold_log_probs, timestep_weight
 from student.losses.sparse import Classes, classes
 from student.schedule import LambdaSchedule
 from student.tensors import Batch, LossOut
@@ -112,7 +112,10 @@ class Objective:
     timestep_weighting: TimestepWeighting = "uniform"
     """Weight v(t) of the TIDAL terms."""
     ce_weighting: CEWeighting = "scheduler"
-    """`scheduler`: about 1/t, the likelihood bound; `uniform`: 1."""
+    """`scheduler`: the weight of `ce_schedule`; `uniform`: 1."""
+    ce_schedule: NoiseSchedule = "linear"
+    """Noise schedule of the weight. Views are masked by the linear one, whose weight, about 1/t, makes CE the
+    likelihood bound; `cosine` only weighs the same views differently."""
     ce_normalisation: Normalisation = "token"
     """CE is divided by the maskable tokens of the batch, per view and by views, or by views alone."""
     clamp: chunks.Clamp = "log"
@@ -138,6 +141,7 @@ class Objective:
         choices: dict[str, Any] = {
             "timestep_weighting": TimestepWeighting,
             "ce_weighting": CEWeighting,
+            "ce_schedule": NoiseSchedule,
             "ce_normalisation": Normalisation,
             "clamp": chunks.Clamp,
         }
@@ -189,7 +193,7 @@ class Objective:
             total_views=batch.counts.views,
         )
         if weighting == "scheduler":
-            share = share * timestep_weight(batch.t)[batch.view]
+            share = share * timestep_weight(batch.t, self.ce_schedule)[batch.view]
         return -(share * logp).sum()
 
     def _positions(self, logits: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:

@@ -34,9 +34,9 @@ class LambdaSchedule:
                 f"lambda must satisfy 0 <= initial <= maximum <= 1, got {self.initial} and {self.maximum}"
             )
         if self.decay not in get_args(Decay):
-            raise UsageError(f"decay must be one of {', '.join(get_args(Decay))}, got {self.decay!r}")
+            raise UsageError(f"lambda decay must be one of {', '.join(get_args(Decay))}, got {self.decay!r}")
         if self.axes not in get_args(Axes):
-            raise UsageError(f"axes must be one of {', '.join(get_args(Axes))}, got {self.axes!r}")
+            raise UsageError(f"lambda axes must be one of {', '.join(get_args(Axes))}, got {self.axes!r}")
 
     def train(self, progress: float) -> float:
         """lambda_train at `progress` = step / total steps. Not clamped: linear exceeds `maximum` beyond 1."""

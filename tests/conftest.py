@@ -123,8 +123,8 @@ class Trace:
     def recorded(self) -> list[Sample]:
         """The same samples with the teacher ids and the alignment of the recorded batch.
 
-        A chunk whose teacher tokens were cut away has a teacher length of 0 here, as the reference has it; ours
-        drops it.
+        A chunk whose teacher tokens were cut away has a teacher length of 0 here, as the reference has it;
+        ours drops it.
         """
         samples = []
         for i, sample in enumerate(self.prepared):

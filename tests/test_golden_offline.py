@@ -1,5 +1,5 @@
-"""Offline equals online: every recorded `compute_loss` call, from its chats and raw uniforms to its losses and
-embedding gradients, with a logit dataset in between.
+"""Offline equals online: every recorded `compute_loss` call, from its chats and raw uniforms to its losses
+and embedding gradients, with a logit dataset in between.
 
     chats -> tokens, alignment -> noise plan -> teacher -> shards (dense codec), written and read back
           -> packed batch -> student -> objective
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from precompute.engine import Targets, make_part
 from precompute.inputs import Asking
-from precompute.sample import ChunkSpans, Sample
+from precompute.sample import Sample
 from shards.codec import DenseCodec
 from shards.errors import RowError
-from shards.noise import Plan
 from shards.reader import LogitDataset
 from shards.row import Row
 from shards.synthetic import synthetic_config
@@ -45,11 +44,23 @@ OURS = {
     "reverse_alm_taid": "reverse-calm-tidal",
 }
 
-SHIFTED = "a token merged with the template shifts the reference's pairs: it compares unequal tokens"
-DIFFERENCES: dict[str, tuple[str, str, float, float]] = {
-    "A_cd_s2": ("", "alm", 0.0, 0.0),
+CUT = "keeps chunks whose teacher tokens were truncated away as active ones of probability 1"
+REPEATED = (
+    "looks for a content's first occurrence, so an earlier answer gets the prompt's chunks, and loses all "
+    "but the first token of a last character that spans several"
+)
+SHIFTED = "zips positions, so a token merged with the template shifts every later pair onto another token"
+DIFFERENCES = {
+    "A_cd_s2": ("alm", 0.51784992, 0.49722055, REPEATED),
+    "A_nocd_s2": ("alm", 0.53464288, 0.50973696, REPEATED),
+    "A_edge_max_teacher_length": ("alm", 1.08978105, 0.18643725, CUT),
+    "B_aligned_cd_x0_xt_s1": ("kl_aligned", 5.95647812, 6.06462717, SHIFTED),
+    "B_aligned_cd_x0_xt_s2": ("kl_aligned", 6.11133718, 6.22141123, SHIFTED),
+    "B_aligned_cd_xt_x0_s1": ("kl_aligned", 5.84974957, 5.86590290, SHIFTED),
+    "B_aligned_nocd_x0_xt_s1": ("kl_aligned", 5.87504578, 5.96287394, SHIFTED),
+    "B_aligned_nocd_xt_x0_s1": ("kl_aligned", 5.73148441, 5.75838947, SHIFTED),
 }
-"""Trace -> (why, mode, the reference's distillation loss, ours)."""
+"""Trace -> mode, the reference's distillation loss, ours, and what the reference does that ours does not."""
 
 
 def objective_of(trace: Any, mode: str, clamp: Clamp) -> Objective:
@@ -71,7 +82,7 @@ def objective_of(trace: Any, mode: str, clamp: Clamp) -> Objective:
     )
 
 
-def answered(trace: Any, teacher: Any, samples: list[Sample], plans: list[Plan]) -> list[Row]:
+def answered(trace: Any, teacher: Any, samples: list[Sample]) -> list[Row]:
     """What the teacher says about the samples."""
     asking = Asking(
         mask_id=teacher.spec.mask_token_id,
@@ -86,7 +97,8 @@ def answered(trace: Any, teacher: Any, samples: list[Sample], plans: list[Plan])
         vocab_size=teacher.spec.vocab_size if trace.cross else trace.meta["config"]["shared_vocab_size"],
         head_rows=16,
     )
-    return make_part(teacher, samples, [[p] for p in plans], asking=asking, targets=targets)[0]
+    plans = [[trace.plan(i, sample)] for i, sample in enumerate(samples)]
+    return make_part(teacher, samples, plans, asking=asking, targets=targets)[0]
 
 
 def stored(trace: Any, rows: list[Row], out: Path) -> list[Row]:
@@ -106,14 +118,15 @@ def stored(trace: Any, rows: list[Row], out: Path) -> list[Row]:
     return list(data.samples("train"))
 
 
-def without_ghosts(row: Row) -> Row:
-    """Only chunks that have a teacher token; see `test_offline_is_online`."""
-    if row.chunks is None:
+def storable(row: Row) -> Row:
+    """Without the chunks that the format refuses: no teacher token, or tokens of another chunk."""
+    chunks = row.chunks
+    if chunks is None:
         return row
-    real = row.chunks.teacher_length > 0
-    parts = {name: getattr(row.chunks, name)[real] for name in row.chunks.__slots__ if name != "logp"}
-    chunks = replace(row.chunks, **parts, logp=row.chunks.logp[real[row.chunks.active]])
-    return replace(row, chunks=chunks)
+    end = np.maximum.accumulate(np.append(0, chunks.start + chunks.length))[:-1]
+    keep = (chunks.teacher_length > 0) & (chunks.start >= end)
+    kept = {name: getattr(chunks, name)[keep] for name in chunks.__slots__ if name != "logp"}
+    return replace(row, chunks=replace(chunks, **kept, logp=chunks.logp[keep[chunks.active]]))
 
 
 def student_step(trace: Any, student: Any, rows: list[Row]) -> tuple[Tensor, Batch]:
@@ -142,45 +155,96 @@ def relative(ours: float, theirs: float) -> float:
     return abs(ours - theirs) / max(abs(theirs), 1e-12)
 
 
-@pytest.fixture
-def recorded_rows(trace: Any, golden_teacher: Any, tmp_path: Path) -> list[Row]:
+def rows_of(trace: Any, teacher: Any, samples: list[Sample], out: Path) -> list[Row]:
+    """The samples' rows, through shards."""
+    return stored(trace, answered(trace, teacher, samples), out)
+
+
+def as_the_reference(trace: Any, teacher: Any, out: Path) -> list[Row]:
     """Rows of the recorded batch, through shards.
 
-    Where the teacher was truncated the reference keeps chunks without a teacher token: log p = 0, so p = 1,
-    still active. The format refuses such ghosts; here they are added again to what was read.
+    The reference keeps chunks whose teacher tokens were cut away (log p = 0, so p = 1, still active), and
+    gives the first of two equal contents the chunks of both. The format refuses either; what was read must
+    be the rest, and they are added again.
     """
-    samples = trace.prepared if trace.agrees else trace.recorded
-    made = answered(trace, golden_teacher(trace), samples, [trace.plan(i, s) for i, s in enumerate(samples)])
-    sound = [without_ghosts(row) for row in made]
-    ghosts = [a.chunks is not None and len(a.chunks.start) > len(b.chunks.start) for a, b in zip(made, sound)]
-    if any(ghosts):
-        with pytest.raises(RowError, match="at least one token"):
-            stored(trace, made, tmp_path / "ghosts")
-    read = stored(trace, sound, tmp_path / "data")
-    return [replace(r, chunks=m.chunks) if ghost else r for r, m, ghost in zip(read, made, ghosts)]
+    if trace.agrees:
+        return rows_of(trace, teacher, trace.prepared, out / "data")
+    made = answered(trace, teacher, trace.recorded)
+    sound = [storable(row) for row in made]
+    read = stored(trace, sound, out / "data")
+    rows = []
+    for whole, kept, row in zip(made, sound, read):
+        if whole.chunks is not None and len(whole.chunks.start) > len(kept.chunks.start):
+            with pytest.raises(RowError, match=r"at least one token|in order and disjoint"):
+                stored(trace, [whole], out / row.sample_id)
+            np.testing.assert_array_equal(row.chunks.logp, kept.chunks.logp)
+            row = replace(row, chunks=whole.chunks)
+        rows.append(row)
+    return rows
 
 
-@pytest.mark.parametrize("clamp", ["reference", "log"])
+def clamps_of(trace: Any) -> tuple[Clamp, ...]:
+    """The reference's clamp, and the default one where no chunk's p or 1 - p comes near the clamps."""
+    if not trace.cross:
+        return ("reference",)
+    at = trace.tensors["active_chunk_mask"].astype(bool)
+    lp = np.concatenate([trace.tensors[f"{side}_chunk_lp"][at] for side in ("student", "teacher")])
+    p = np.exp(lp / trace.meta["config"]["alm_temperature"])
+    return ("reference", "log") if ((p > 1e-6) & (p < 1 - 1e-4)).all() else ("reference",)
+
+
 def test_offline_is_online(
-    trace: Any, recorded_rows: list[Row], golden_student: Any, parity: Any, clamp: Clamp
+    trace: Any, golden_teacher: Any, golden_student: Any, parity: Any, tmp_path: Path
 ) -> None:
-    """CE, every distillation loss, total and embedding gradient of every mode. The default log-space clamp
-    agrees too: no chunk of the traces reaches the clamps."""
-    logits, batch = student_step(trace, golden_student, recorded_rows)
+    """CE, every distillation loss, total and embedding gradient (the tied head's included) of every mode."""
+    rows = as_the_reference(trace, golden_teacher(trace), tmp_path)
+    logits, batch = student_step(trace, golden_student, rows)
     embedding = golden_student.get_input_embeddings().weight
     for i, entry in enumerate(trace.meta["entries"]):
-        loss = loss_of(trace, objective_of(trace, entry["mode"], clamp), logits, batch)
-        (gradient,) = torch.autograd.grad(loss.total, embedding, retain_graph=True)
-        losses = {OURS[name.removesuffix("_loss")]: value for name, value in entry["components"].items()}
         theirs = torch.from_numpy(trace.tensors[f"grad.embed.{i}"])
         largest = float(theirs.abs().max())
-        errors = {
-            "ce": relative(loss.terms["ce"].item(), entry["ce_loss"]),
-            "component": max(relative(loss.terms[name].item(), value) for name, value in losses.items()),
-            "total": relative(loss.total.item(), entry["loss"]),
-        }
-        where = f"{trace.name} {entry['mode']}: {errors}"
-        assert max(errors.values()) <= 1e-5, where
-        torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-6 * largest, msg=lambda m: f"{where}\n{m}")
-        error = float((gradient - theirs).abs().max()) / max(largest, 1e-12)
-        parity[f"D_trace ({clamp} clamp)"].note(trace.name, **errors, gradient=error)
+        losses = {OURS[name.removesuffix("_loss")]: value for name, value in entry["components"].items()}
+        for clamp in clamps_of(trace):
+            loss = loss_of(trace, objective_of(trace, entry["mode"], clamp), logits, batch)
+            (gradient,) = torch.autograd.grad(loss.total, embedding, retain_graph=True)
+            errors = {
+                "CE": relative(loss.terms["ce"].item(), entry["ce_loss"]),
+                "component": max(relative(loss.terms[n].item(), value) for n, value in losses.items()),
+                "total": relative(loss.total.item(), entry["loss"]),
+            }
+            where = f"{trace.name} {entry['mode']} {clamp}: {errors}"
+            assert max(errors.values()) <= 1e-5, where
+            torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-6 * largest)
+            error = float((gradient - theirs).abs().max()) / max(largest, 1e-12)
+            parity[f"D_trace, {clamp} clamp"].note(trace.name, **errors, gradient=error)
+
+
+def test_nothing_masked(trace: Any, golden_teacher: Any, golden_student: Any, tmp_path: Path) -> None:
+    """Uniforms of 1 mask nothing: rows without targets, every loss and the gradient 0, as the reference's
+    edge traces record."""
+    quiet = replace(trace, tensors=trace.tensors | {"u_mask": np.ones_like(trace.tensors["u_mask"])})
+    rows = rows_of(quiet, golden_teacher(quiet), quiet.prepared, tmp_path)
+    assert not any(row.masked.any() for row in rows)
+    logits, batch = student_step(quiet, golden_student, rows)
+    for entry in quiet.meta["entries"]:
+        loss = loss_of(quiet, objective_of(quiet, entry["mode"], "log"), logits, batch)
+        (gradient,) = torch.autograd.grad(
+            loss.total, golden_student.get_input_embeddings().weight, retain_graph=True
+        )
+        assert [loss.total.item(), *(v.item() for v in loss.terms.values())] == [0] * (1 + len(loss.terms))
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("trace", DIFFERENCES, indirect=True)
+def test_where_we_differ(trace: Any, golden_teacher: Any, golden_student: Any, tmp_path: Path) -> None:
+    """The chats' own alignment gives another loss than the reference recorded, by the stated amount."""
+    mode, theirs, ours, why = DIFFERENCES[trace.name]
+    assert not trace.agrees, f"no longer differs: the reference {why}"
+    entry = next(e for e in trace.meta["entries"] if e["mode"] == mode)
+    (name, recorded), *_ = entry["components"].items()
+    assert recorded == pytest.approx(theirs, rel=1e-6)
+    rows = rows_of(trace, golden_teacher(trace), trace.prepared, tmp_path)
+    logits, batch = student_step(trace, golden_student, rows)
+    loss = loss_of(trace, objective_of(trace, mode, "reference"), logits, batch)
+    assert loss.terms[OURS[name.removesuffix("_loss")]].item() == pytest.approx(ours, rel=1e-4)
+    assert loss.terms["ce"].item() == pytest.approx(entry["ce_loss"], rel=1e-5)

@@ -221,8 +221,10 @@ def test_configurations_and_splits(data_set: Path) -> None:
     for name in ("all", "default"):
         (data_set / "README.md").write_text(CONFIGS.replace("NAME", name))
         assert prompts(data_set) == ["p2", "q2"]
-    prints = {open_corpus(f"{data_set}{x}").fingerprint for x in ("", ":one", ":one#extra", ":all")}
+    prints = {open_corpus(f"{data_set}{x}").fingerprint for x in ("", ":one", ":one#extra", ":default")}
     assert len(prints) == 3, "the default configuration is the same as itself by name"
+    assert list(open_corpus(str(data_set))) == list(open_corpus(f"{data_set}:default"))
+    assert {c.source for c in open_corpus(f"{data_set}:one#extra")} == {"set:one#extra"}
     for spec, part in {
         f"{data_set}:three": "three",
         f"{data_set}:one#test": "no split 'test'; choose one, as in set#train",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -88,6 +88,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 NFC_TEXT = st.text(st.sampled_from("ae oA\u0301\u0308\u0323é한\u1100\u1161\u11a8क़\u0f73<>n\n"), max_size=20)
 
 
+@settings(deadline=None)  # the first call reads the whole Unicode table
 @given(text=TEXT | NFC_TEXT)
 def test_byte_level_tokens_cover_random_text(
     student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast, text: str
@@ -111,6 +112,7 @@ def test_byte_level_tokens_cover_random_text(
             assert shown == piece.decode("utf-8", "replace")
 
 
+@settings(deadline=None)
 @given(text=NFC_TEXT | TEXT)
 def test_normalised_tokens_stay_on_original_bytes(
     student_tokenizer: PreTrainedTokenizerFast, text: str
@@ -362,7 +364,9 @@ def test_drops_of_templates(student_tokenizer: PreTrainedTokenizerFast) -> None:
         assert found.reason == reason
     other = as_shared(student_tokenizer, shouting)
     found = Preparer(student_tokenizer, other, PrepareConfig(kind="shared")).prepare(chat("q", "answer"))
-    assert found == Drop("nothing aligned")
+    assert isinstance(found, Drop)
+    assert found.reason == "nothing aligned"
+    assert found.dropped["absent from the teacher's text"] > 0, "counts against --max-dropped"
 
 
 def test_plain_text(student_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -28,6 +28,7 @@ from shards.manifest import Manifest
 from shards.noise import make_plan
 from shards.reader import LogitDataset
 from shards.row import DenseTarget, Row, SparseTarget
+from tools.run_precompute import losses
 
 TEXT = "the river runs past an old mill and nobody asks it where to; two plus two is four, so far."
 WORDS = TEXT.split()
@@ -291,10 +292,35 @@ def test_interrupted_says_what_is_done(make: Any, fail: Any) -> None:
     assert e.value.exit_code == 130
 
 
-def test_not_finite_names_sample_and_view(make: Any, fail: Any) -> None:
+@pytest.mark.parametrize(
+    ("teacher", "codec"),
+    [("teacher_dense", SparseCodec()), ("teacher_dense", DenseCodec()), ("teacher_moe", SparseCodec())],
+    ids=["sparse", "dense", "chunks"],
+)
+def test_not_finite_names_sample_and_view(
+    make: Any, fail: Any, tmp_path: Path, teacher: str, codec: Any
+) -> None:
+    """The fourth answer of the first packed row is NaN: its sample and view are named, nothing is
+    published."""
+    settings = {"codec": codec, "holdout": 0.0}
+    precompute(make(teacher, out=tmp_path / "good", **settings))
+    first_sample = next(iter(LogitDataset(tmp_path / "good").samples("train"))).sample_id
+    rows = rows_of(tmp_path / "good")
+    asked = 0
+    for view in (0, 1):
+        row = rows[first_sample, view]
+        if row.positions is not None:
+            asked += len(row.positions.positions)
+        elif row.chunks is not None:
+            asked += int(row.chunks.teacher_length[row.chunks.active].sum())
+        if asked > 3:
+            break
     fail(1, None)
-    with pytest.raises(ModelError, match=r"sample [0-9a-f]{32} view [01]: .* not finite"):
-        precompute(make())
+    config = make(teacher, **settings)
+    with pytest.raises(ModelError, match=rf"sample {first_sample} view {view}: .* not finite"):
+        precompute(config)
+    assert not (config.out / "manifest.json").exists()
+    assert not list(config.out.glob("*.arrow"))
 
 
 def test_workers_share_the_parts(make: Any) -> None:
@@ -339,6 +365,60 @@ def test_unusable_rows_are_counted(make: Any, tmp_path: Path) -> None:
     assert manifest.report["corpus_rows"] == 9
     assert Counter(manifest.report["dropped"]).total() == 3
     assert max(manifest.report["dropped"].values()) == 2
+    assert manifest.report["skipped_at"] == {"found fields txt": ["holes.jsonl:4"]}
+    said = losses(manifest.report)
+    assert said[0].startswith("3 of 9 corpus rows give no sample: 2 no assistant message")
+    assert "1 found fields txt (first at holes.jsonl:4)" in said[0]
+
+
+@pytest.mark.parametrize("teacher", ["teacher_other", "teacher_moe"])
+def test_too_many_unaligned_tokens_stop_the_run(make: Any, teacher: str) -> None:
+    """Of the target tokens, those of samples that are lost whole included; the leading reason is named, and
+    all reasons are in the report and the summary of a run that was told to go on."""
+    config = make(teacher, max_teacher_length=24)
+    reason = r"\d+ because: teacher truncated; .* raise --max-dropped \(0\.02\)$"
+    with pytest.raises(
+        CorpusError, match=rf"target tokens in the first 4 rows have no .*, {reason}"
+    ) as error:
+        precompute(config)
+    assert "\n" not in str(error.value)
+    manifest = precompute(replace(config, max_dropped=1.0))
+    report = manifest.report
+    lost, content = report["unaligned_tokens"], report["content_tokens"]
+    assert lost["teacher truncated"] > 0.1 * content
+    assert max(lost, key=lost.get) == "teacher truncated"
+    whole = report["corpus_rows"] - manifest.totals["rows"] // 2
+    assert report["dropped"] == ({"nothing aligned": whole} if whole else {})
+    assert (whole > 0) == (manifest.kind == "shared"), "a prompt's chunks keep a cross sample"
+    said = losses(report)
+    assert f"{sum(lost.values()):,} of {content:,} target tokens" in said[-1]
+    assert f"{lost['teacher truncated']:,} teacher truncated" in said[-1]
+    kept = precompute(make(teacher, out=config.out.with_name("kept"), max_teacher_length=None)).report
+    assert kept["content_tokens"] == content, "what is asked of the teacher does not depend on its length"
+    assert sum(kept["unaligned_tokens"].values()) <= 0.02 * content
+
+
+def test_remarks_on_samples_are_reported(make: Any, work: Path, tmp_path: Path) -> None:
+    """A template whose generation prompt is no prefix of the turn: nothing breaks, but it is said."""
+    student = shutil.copytree(work / "student", tmp_path / "student")
+    (student / "chat_template.jinja").write_text(OTHER.replace("'# assistant: '", "'# assistant, go: '"))
+    manifest = precompute(make(student=str(student), teacher=str(work / "teacher_other"), max_dropped=1.0))
+    assert manifest.report["notes"] == {"generation prompt is not a prefix of the text": 11}
+    assert losses(manifest.report)[-1].startswith("remarks on samples: 11 generation prompt")
+
+
+def test_a_mixture_of_corpora(make: Any, tmp_path: Path) -> None:
+    """The manifest names it without folders; parts are cut from the mixture as from any corpus."""
+    for name, first in (("a", 0), ("b", 6)):
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name / "rows.jsonl", [conversation(first + i) for i in range(6)])
+    spec = f"2*{tmp_path / 'a' / 'rows.jsonl'}+{tmp_path / 'b'}"
+    manifest = precompute(make(corpus=spec, limit=8))
+    assert manifest.config["source"]["spec"] == "2*rows.jsonl+b"
+    grown = precompute(make(corpus=spec))
+    assert grown.shards[:2] == manifest.shards[:2]
+    assert grown.totals["rows"] == 24
+    assert grown.identity == manifest.identity
 
 
 def test_nothing_usable_stops_whatever_the_limit(make: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -112,6 +112,59 @@ def test_saturated_student_is_still_pulled_down() -> None:
     doubt, certain = torch.tensor([-8.0]), torch.tensor([0.0])
     assert gradient_of(lambda s: chunks.bernoulli_kl(s, doubt, 2.0), certain).item() > 1
     assert gradient_of(lambda s: chunks.calm(s, doubt, 2.0), certain).item() > 1
+
+
+def by_definition(
+    name: str, student: float, teacher: float, lam: float, T: float
+) -> tuple[float, float, float]:
+    """Value of a chunk loss, its slope in the student's log-prob, and the size of the terms the slope is made
+    of; from the definitions, in Python floats. The target's p and 1 - p lie in [1e-7, 1 - 1e-7], the
+    student's log p is at most -1e-7."""
+    low, high = math.log(1e-7), math.log1p(-1e-7)
+
+    def log1m(x: float) -> float:
+        return math.log(-math.expm1(x)) if x > -math.log(2) else math.log1p(-math.exp(x))
+
+    x, y = min(student / T, -1e-7), teacher / T
+    p, q, log_q = math.exp(x), -math.expm1(x), log1m(x)
+    a, b = (math.exp(min(max(v, low), high)) for v in (y, log1m(min(y, high))))
+    if "tidal" in name:
+        a, b = (min(max((1 - lam) * s + lam * t, 1e-7), 1 - 1e-7) for s, t in ((p, a), (q, b)))
+    if name in ("calm", "calm_tidal"):
+        parts = [-a / T, b * p / q / T]
+        return -(a * x + b * log_q), sum(parts), sum(map(abs, parts))
+    parts = [-p * math.log(a) / T, p * math.log(b) / T]
+    value = -(p * math.log(a) + q * math.log(b))
+    if name == "bernoulli_kl":
+        parts += [p * x / T, -p * log_q / T]
+        value += p * x + q * log_q
+    return value, sum(parts), sum(map(abs, parts))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(NEAR, 1e-8), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("name", ["calm", "reverse_calm", "bernoulli_kl", "calm_tidal", "reverse_calm_tidal"])
+@settings(deadline=None)
+@given(
+    student=st.floats(min_value=-400.0, max_value=0.0, width=32),
+    teacher=st.floats(min_value=-400.0, max_value=0.0, width=32),
+    lam=st.floats(min_value=0.0, max_value=1.0, width=32),
+    T=st.sampled_from([1.0, 2.0, 5.0]),
+)
+def test_chunk_losses_everywhere(
+    name: str, dtype: torch.dtype, tolerance: float, student: float, teacher: float, lam: float, T: float
+) -> None:
+    """Value and slope in float64 and float32 against the definitions, from certain to impossible chunks;
+    always finite, and with a forward loss the slope never vanishes but at its balance."""
+    s = torch.tensor([student], dtype=dtype, requires_grad=True)
+    t, weight = torch.tensor([teacher], dtype=dtype), torch.tensor([lam], dtype=dtype)
+    arguments = (s, t, T, weight) if "tidal" in name else (s, t, T)
+    value = getattr(chunks, name)(*arguments)
+    (slope,) = torch.autograd.grad(value.sum(), s)
+    want, want_slope, size = by_definition(name, student, teacher, lam, T)
+    assert value.item() == pytest.approx(want, rel=tolerance, abs=tolerance)
+    assert slope.item() == pytest.approx(want_slope, rel=tolerance, abs=tolerance * size + 1e-37)
+    if "reverse" not in name and name != "bernoulli_kl" and student / T < math.log(1e-7):
+        assert slope.item() < 0
 
 
 @given(st.floats(min_value=-80.0, max_value=-1e-7))

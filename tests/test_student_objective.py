@@ -117,6 +117,7 @@ def test_bad_objectives_are_refused_in_one_line(text: str, message: str) -> None
         {"chunk_temperature": math.inf},
         {"timestep_weighting": "midrange"},
         {"ce_weighting": "1/t"},
+        {"ce_schedule": "quadratic"},
         {"ce_normalisation": "tokens"},
         {"clamp": "none"},
     ],

@@ -195,6 +195,28 @@ def test_unknown_objective_lists_the_valid_ones(tide: Tide) -> None:
     refused(result, 2, "'tidle'", *NAMES)
 
 
+@pytest.mark.parametrize(
+    ("flag", "valid"),
+    [
+        ("--ce-weighting", ("scheduler", "uniform")),
+        ("--ce-schedule", ("linear", "cosine")),
+        ("--ce-normalisation", ("token", "sequence", "batch")),
+        ("--clamp", ("log", "reference")),
+        ("--lambda-decay", ("cosine", "linear")),
+        ("--lambda-axes", ("both", "training_only", "timestep_only")),
+        ("--timestep-weighting", ("uniform", "mid-range")),
+    ],
+)
+def test_choices_of_the_objective_list_the_valid_ones(
+    tide: Tide, tmp_path: Path, flag: str, valid: tuple[str, ...]
+) -> None:
+    """Every valid choice gets as far as the missing dataset."""
+    run = ("train", "--data", tmp_path / "no", "--student", "s", "--out", tmp_path / "o", "--steps", 1)
+    refused(tide(*run, flag, "often"), 2, flag.removeprefix("--").replace("-", " "), "'often'", *valid)
+    for name in valid:
+        refused(tide(*run, flag, name), 1, tmp_path / "no")
+
+
 def test_help_names_every_objective(tide: Tide, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     words = set(re.findall(r"[\w-]+", tide("train", "--help").out))
@@ -306,6 +328,14 @@ def test_two_stages_and_evaluation(tide: Tide, model: Path, corpus: Path, tmp_pa
     assert yaml.safe_load(saved)["batch_tokens"] == 64
     refused(tide(*arguments, "--batch-tokens", 128), 2, run, "--resume")
     assert (run / "tide-train.yaml").read_text() == saved  # a refused call changes nothing
+
+    exported = tide("export", "--model", run, "--out", tmp_path / "exported", "--json")
+    assert exported.code == 0, exported.err
+    assert json.loads(exported.out)["bytes"] > 0
+    assert (tmp_path / "exported" / "modeling_a2d_qwen3.py").exists()
+    refused(
+        tide("export", "--model", run, "--out", tmp_path / "exported"), 2, "exported", "not an empty folder"
+    )
 
     evaluated = tide("eval", "--model", run, "--data", data, "--out", result, "--json")
     assert evaluated.code == 0, evaluated.err

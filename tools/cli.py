@@ -16,6 +16,7 @@ import typer
 from tools.console import guard, set_up_logging
 from tools.run_demo import demo
 from tools.run_eval import evaluate
+from tools.run_export import export
 from tools.run_precompute import precompute
 from tools.run_train import train
 
@@ -30,6 +31,7 @@ app.command()(demo)
 app.command()(precompute)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(export)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,7 +16,7 @@ Attention = Annotated[
     str | None,
     opt(
         "How the teacher attends (default: its family's way).",
-        "staircase|bidirectional|block-causal|causal",
+        "staircase|staircase-causal|bidirectional|block-causal|causal",
         TARGETS,
     ),
 ]

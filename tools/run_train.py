@@ -35,7 +35,25 @@ def train(
     chunk_temperature: Annotated[
         float, opt("Temperature of chunk probabilities (CALM).", "T", OBJECTIVE)
     ] = 2.0,
+    clamp: Annotated[
+        str,
+        opt("CALM: bounds of chunk probabilities; reference's kill gradients.", "log|reference", OBJECTIVE),
+    ] = "log",
     ce_weight: Annotated[float, opt("Weight of CE; 0 drops it.", "W", OBJECTIVE)] = 1.0,
+    ce_weighting: Annotated[
+        str, opt("CE: weight of each timestep, about 1/t or 1.", "scheduler|uniform", OBJECTIVE)
+    ] = "scheduler",
+    ce_schedule: Annotated[
+        str, opt("CE: noise schedule of the scheduler's weight.", "linear|cosine", OBJECTIVE)
+    ] = "linear",
+    ce_normalisation: Annotated[
+        str,
+        opt(
+            "CE: divided by maskable tokens, by each view's own and by views, or by views.",
+            "token|sequence|batch",
+            OBJECTIVE,
+        ),
+    ] = "token",
     lambda_initial: Annotated[
         float, opt("TIDAL: teacher's share at the first step.", "SHARE", OBJECTIVE)
     ] = 0.1,
@@ -82,8 +100,12 @@ def train(
     aim = parse_objective(
         objective,
         ce_weight=ce_weight,
+        ce_weighting=ce_weighting,
+        ce_schedule=ce_schedule,
+        ce_normalisation=ce_normalisation,
         temperature=temperature,
         chunk_temperature=chunk_temperature,
+        clamp=clamp,
         timestep_weighting=timestep_weighting,
         schedule=LambdaSchedule(
             initial=lambda_initial,

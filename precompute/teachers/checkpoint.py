@@ -102,7 +102,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def empty_model(model_class: Any, config: Any, **how: Any) -> Any:
-    """The model with its shapes and no memory behind them (meta device). `how`: dtype, attn_implementation."""
+    """The model with its shapes and no memory behind them. `how`: dtype, attn_implementation."""
     with torch.device("meta"):
         return model_class._from_config(config, **how)
 
@@ -142,7 +142,9 @@ def load_weights(
         if head in where and not torch.equal(
             open_files[where[head]].get_tensor(head), open_files[where[embeddings]].get_tensor(embeddings)
         ):
-            raise ModelError(f"{folder}: config.json ties {head} to {embeddings}, but they differ; untie them")
+            raise ModelError(
+                f"{folder}: config.json ties {head} to {embeddings}, but they differ; untie them"
+            )
     for e in entries:
         read = [open_files[where[name]].get_tensor(name) for name in e.theirs]
         if e.rows and read[0].shape[0] != sum(e.rows):
@@ -174,6 +176,6 @@ def _refuse(folder: Path, problem: str, names: Iterable[str], model_class: Any) 
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ModelError(
-            f"{folder}: {problem} {', '.join(found[:3])}{more}, read as {model_class.__name__}; is it a whole "
-            "checkpoint of the model type that config.json names?"
+            f"{folder}: {problem} {', '.join(found[:3])}{more}, read as {model_class.__name__}; is it a "
+            "whole checkpoint of the model type that config.json names?"
         )

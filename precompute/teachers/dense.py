@@ -33,9 +33,10 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 
 NOT_STRUCTURE = (
     *("model_type", "architectures", "auto_map", SECTION),
-    *("qk_norm", "transformers_version", "dtype", "torch_dtype"),
+    *("qk_norm", "mask_token_id", "transformers_version", "dtype", "torch_dtype"),
 )
-"""Fields of a published configuration that say what it is called or how it was saved, not what it is."""
+"""Fields of a published configuration that say what it is called, how it was saved or how it is asked, not
+what it is."""
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

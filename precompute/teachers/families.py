@@ -158,12 +158,16 @@ def _described(known: Family | None, section: Any, name: str) -> Family:
             raise ModelError(f"{where}.{key} must be one of {', '.join(allowed)}, got {section[key]!r}")
     if known is None and "structure" not in section:
         raise ModelError(f"{where} needs structure, one of {', '.join(STRUCTURES)}")
-    return Family(**section) if known is None else replace(known, **section)
+    family = Family(**section) if known is None else replace(known, **section)
+    if family.structure == "llada2" and (family.fields or family.tensors):
+        raise ModelError(f"{where}: fields and tensors are for dense structures, not for llada2")
+    return family
 
 
 def _checked(where: str, value: Any, kind: type) -> Any:
-    """`value`, which must be of `kind` (a bool is no int), and positive or zero if it is a number."""
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+    """`value`, which must be of `kind` (a bool is no number), and not negative."""
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not (number if kind is int else isinstance(value, kind)):
         said = {int: "a whole number", bool: "true or false", dict: "an object", str: "text"}[kind]
         raise ModelError(f"{where} must be {said}, got {value!r}")
     return value

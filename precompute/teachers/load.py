@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from precompute.teachers import dense, llada2
 from precompute.teachers.base import TeacherSpec, TransformersTeacher
 from precompute.teachers.checkpoint import weights_hash
-from precompute.teachers.families import Family, family_of
+from precompute.teachers.families import SECTION, Family, family_of
 from shards.errors import ModelError, UsageError
 from student.layout import Attention
 from student.tokenizer import load_tokenizer, read_tokenizer
@@ -74,9 +74,10 @@ def load_teacher_tokenizer(path_or_id: str | Path) -> Any:
 
 
 def mask_token_id(folder: Path, published: dict[str, Any], family: Family, vocab_size: int) -> int:
-    """Mask id from the tokenizer, else from config.json, else the one its family is known to use."""
-    mask = None
-    if any(folder.glob("tokenizer*.json")):
+    """Mask id from the `tide_teacher` section, else from the tokenizer, else from config.json, else the one
+    its family is known to use."""
+    mask = published.get(SECTION, {}).get("mask_token_id")
+    if mask is None and any(folder.glob("tokenizer*.json")):
         mask = read_tokenizer(folder, tokenizer_type=family.tokenizer_type).mask_token_id
     if mask is None:
         mask = published.get("mask_token_id")
@@ -114,8 +115,8 @@ def load_teacher(
     attention = attention or family.attention
     if family.shifted and attention == "staircase-causal":
         raise UsageError(
-            f"teacher-attention {attention} reorders blocks, but {published['model_type']} reads each position "
-            f"at its left neighbour: use {family.attention}"
+            f"teacher-attention {attention} reorders blocks, but {published['model_type']} reads each "
+            f"position at its left neighbour: use {family.attention}"
         )
     how: dict[str, Any] = {
         "dtype": dtype,
