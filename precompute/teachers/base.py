@@ -40,7 +40,7 @@ class TeacherSpec:
     dtype: str
     """Number format it runs in: `float32` or `bfloat16`."""
     weights_hash: str
-    """sha256 over its safetensors files, names and contents."""
+    """sha256 over its safetensors files and config.json."""
 
 
 class Teacher(Protocol):

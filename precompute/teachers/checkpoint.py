@@ -92,9 +92,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the names and contents of a checkpoint's safetensors files, in name order."""
+    """sha256 over the names and contents of a checkpoint's safetensors files and its config.json: the same
+    weights under another rope base are another teacher."""
     total = hashlib.sha256()
-    for file in weight_files(folder):
+    for file in (*weight_files(folder), folder / "config.json"):
         with file.open("rb") as f:
             content = hashlib.file_digest(f, "sha256").hexdigest()
         total.update(f"{file.name} {content}\n".encode())
