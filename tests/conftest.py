@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
 from shards.atomic import write_atomic
 from shards.noise import NoiseConfig, Plan, plan_from_uniforms, timestep
-from student.model import A2DQwen3LMHeadModel
+from student.model import A2DQwen3Config, A2DQwen3LMHeadModel
 
 GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parent / "golden"))
 MODELS = GOLDEN / "D_trace" / "models"
@@ -59,6 +59,26 @@ def tokenizer(name: str, template: str, **special_ids: int) -> PreTrainedTokeniz
 def student_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 304 entries, ChatML template, mask 294, eos 292, pad 290."""
     return cross_trace().student_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, student_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Folder of a tiny untrained student with its tokenizer; it serves as a staircase teacher too."""
+    torch.manual_seed(0)
+    config = A2DQwen3Config(
+        vocab_size=len(student_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("student")
+    A2DQwen3LMHeadModel(config).save_pretrained(folder)
+    student_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from shards.errors import ModelError, UsageError
 from student.export import export_student
-from student.model import A2DQwen3Config, A2DQwen3LMHeadModel, load_student
+from student.model import A2DQwen3LMHeadModel, load_student
 from student.tokenizer import load_tokenizer, tokenizer_hash
 
 WITHOUT_TIDE = """
@@ -42,28 +42,9 @@ save_file(found, out)
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, student_tokenizer: PreTrainedTokenizerFast) -> Path:
-    torch.manual_seed(0)
-    config = A2DQwen3Config(
-        vocab_size=len(student_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.3,
-    )
-    path = tmp_path_factory.mktemp("student")
-    A2DQwen3LMHeadModel(config).save_pretrained(path)
-    student_tokenizer.save_pretrained(path)
-    return path
-
-
-def test_loads_where_tide_cannot_be_imported(folder: Path, tmp_path: Path) -> None:
+def test_loads_where_tide_cannot_be_imported(model: Path, tmp_path: Path) -> None:
     exported, found = tmp_path / "exported", tmp_path / "logits.safetensors"
-    size = export_student(folder, exported)
+    size = export_student(model, exported)
     assert size == sum(p.stat().st_size for p in exported.iterdir())
     subprocess.run(
         [sys.executable, "-c", WITHOUT_TIDE, str(exported), str(found)],
@@ -72,7 +53,7 @@ def test_loads_where_tide_cannot_be_imported(folder: Path, tmp_path: Path) -> No
         check=True,
     )
     theirs = load_file(found)
-    ours, tokenizer = load_student(folder, attention="sdpa")
+    ours, tokenizer = load_student(model, attention="sdpa")
     assert theirs["ids"][0].tolist() == tokenizer("the cat <|mask|> on").input_ids
     assert tokenizer.mask_token_id in theirs["ids"]
     with torch.no_grad():
@@ -81,41 +62,41 @@ def test_loads_where_tide_cannot_be_imported(folder: Path, tmp_path: Path) -> No
         torch.testing.assert_close(theirs[name], logits, rtol=0, atol=0)
 
 
-def test_an_export_is_a_student_again(folder: Path, tmp_path: Path) -> None:
+def test_an_export_is_a_student_again(model: Path, tmp_path: Path) -> None:
     """With our class, not the copy beside it; what is saved from it names no file that is not there."""
-    export_student(folder, tmp_path / "exported")
-    model, tokenizer = load_student(tmp_path / "exported")
-    assert type(model) is A2DQwen3LMHeadModel
-    assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(folder))
-    model.save_pretrained(tmp_path / "saved")
+    export_student(model, tmp_path / "exported")
+    again, tokenizer = load_student(tmp_path / "exported")
+    assert type(again) is A2DQwen3LMHeadModel
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer(model))
+    again.save_pretrained(tmp_path / "saved")
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) is A2DQwen3LMHeadModel
 
 
-def test_number_format(folder: Path, tmp_path: Path) -> None:
-    export_student(folder, tmp_path / "half", dtype=torch.bfloat16)
+def test_number_format(model: Path, tmp_path: Path) -> None:
+    export_student(model, tmp_path / "half", dtype=torch.bfloat16)
     weights = load_file(tmp_path / "half" / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_refusals(folder: Path, tmp_path: Path) -> None:
+def test_refusals(model: Path, tmp_path: Path) -> None:
     """Nothing is overwritten, and nothing is left behind where the student cannot be loaded."""
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(UsageError, match="not an empty folder"):
-        export_student(folder, tmp_path)
+        export_student(model, tmp_path)
     with pytest.raises(ModelError, match="no such model folder"):
         export_student(tmp_path / "none", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_importing_the_package_is_enough(folder: Path) -> None:
+def test_importing_the_package_is_enough(model: Path) -> None:
     """A checkpoint is read by plain transformers once `student` is imported."""
     script = (
         "import sys, student; from transformers import AutoModelForCausalLM as A; "
         "print(type(A.from_pretrained(sys.argv[1])).__name__)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(model)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "A2DQwen3LMHeadModel"

@@ -14,15 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from transformers import PreTrainedTokenizerFast
 
 from precompute.config import PrecomputeConfig
 from shards.codec import SparseCodec
 from student.config import TrainConfig
 from student.evaluate import GRID
-from student.model import A2DQwen3Config, A2DQwen3LMHeadModel
 from student.objective import NAMES, Objective
 from student.schedule import LambdaSchedule
 from tools import cli, console
@@ -43,26 +40,6 @@ def tide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return SimpleNamespace(code=ended.value.code, out=out, err=err)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory, student_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny untrained network: teacher and student of the tests, one tokenizer."""
-    torch.manual_seed(0)
-    config = A2DQwen3Config(
-        vocab_size=len(student_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    A2DQwen3LMHeadModel(config).save_pretrained(folder)
-    student_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from shards.manifest import Manifest
@@ -48,25 +47,6 @@ def interrupt_once(process: subprocess.Popen[str], there: Path, pattern: str) ->
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, student_tokenizer: PreTrainedTokenizerFast) -> Path:
-    torch.manual_seed(0)
-    config = A2DQwen3Config(
-        vocab_size=len(student_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    A2DQwen3LMHeadModel(config).save_pretrained(folder)
-    student_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

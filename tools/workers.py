@@ -72,7 +72,8 @@ def run_jobs(
     """
     context = mp.get_context("spawn")
     events = context.Queue()
-    count = min(len(jobs), workers or len(os.sched_getaffinity(0)))
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = min(len(jobs), workers or processors or 1)
     # Inherited by the workers, whose libraries read it when they are imported.
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
