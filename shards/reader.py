@@ -1,7 +1,9 @@
 """Reads logit datasets, local or remote: every record batch is verified before one of its rows is used.
 
-The training order is a pure function of (dataset, seed, epoch), so a run resumes anywhere without replaying:
-record batches are permuted, and rows are shuffled within windows of consecutive batches.
+The training order is a pure function of (seed, epoch) and the rows in each record batch, so a run resumes
+anywhere without replaying: record batches are permuted, and rows are shuffled within windows of consecutive
+batches. Datasets over the same samples (another teacher, codec or CompDemo) give them in the same order, so that
+runs on them differ in their targets alone.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ class LogitDataset:
         """The rows of one epoch from row `skip` on; only the window that holds it is read again."""
 
         def permutation(stream: str, n: int) -> np.ndarray:
-            return np.argsort(uniform01(seed, self.manifest.identity, f"{stream}|{epoch}", n), kind="stable")
+            return np.argsort(uniform01(seed, "training order", f"{stream}|{epoch}", n), kind="stable")
 
         order = [batches[i] for i in permutation("batches", len(batches))]
         for w in range(0, len(order), WINDOW):

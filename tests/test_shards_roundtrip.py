@@ -230,6 +230,15 @@ def test_the_order_depends_on_the_seed_alone(shared: Path) -> None:
     assert names(LogitDataset(shared), 360, seed=1) != a
 
 
+def test_datasets_over_the_same_samples_give_the_same_order(tmp_path: Path) -> None:
+    """With other targets (codec, halves), so that two objectives are compared on the same batches."""
+    make(tmp_path / "a", "shared", SMALL, NOISE)
+    make(tmp_path / "b", "shared", DenseCodec(), replace(NOISE, compdemo=False))
+    a, b = (LogitDataset(tmp_path / x) for x in "ab")
+    assert a.manifest.identity != b.manifest.identity
+    assert names(a, 100) == names(b, 100)
+
+
 def test_resuming_anywhere_equals_going_on(shared: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("shards.reader.WINDOW", 2)
     data = LogitDataset(shared)

@@ -40,6 +40,9 @@ def precompute(
     loss_on: Annotated[
         str, opt("Tokens that are masked and carry loss.", "last|assistant|all", TEXT)
     ] = "last",
+    content_search: Annotated[
+        str, opt("How contents are found; first: the reference's mistake, for parity.", "exact|first", TEXT)
+    ] = "exact",
     student_max_length: Annotated[int, opt("Longest student sample.", "TOKENS", TEXT)] = 512,
     teacher_max_length: Annotated[
         int | None, opt("Longest teacher sample (default: 768 shared, 1024 cross).", "TOKENS", TEXT)
@@ -106,6 +109,7 @@ def precompute(
         holdout=holdout,
         max_dropped=max_dropped,
         loss_on=loss_on,  # type: ignore[arg-type]
+        content_search=content_search,  # type: ignore[arg-type]
         max_length=student_max_length,
         max_teacher_length=teacher_max_length,
         views=views,
