@@ -2,8 +2,8 @@
 
 The training order is a pure function of (seed, epoch) and the rows in each record batch, so a run resumes
 anywhere without replaying: record batches are permuted, and rows are shuffled within windows of consecutive
-batches. Datasets over the same samples (another teacher, codec or CompDemo) give them in the same order, so that
-runs on them differ in their targets alone.
+batches. Datasets over the same samples (another teacher, codec or CompDemo) give them in the same order, so
+that runs on them differ in their targets alone.
 """
 
 from __future__ import annotations
