@@ -16,6 +16,7 @@ from student.layout import ATTENTIONS, Attention
 
 Kind = Literal["auto", "shared", "cross"]
 LossOn = Literal["last", "assistant", "all"]
+ContentSearch = Literal["exact", "first"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Number formats a teacher can run in; a name that is not here is an error, never a guess."""
@@ -57,6 +58,9 @@ class PrecomputeConfig:
     """Tokens per block, in each model's own positions."""
     loss_on: LossOn = "last"
     """Which tokens may be masked and carry loss."""
+    content_search: ContentSearch = "exact"
+    """How contents are found in the rendered chats: where the template put them, or, for parity with the
+    reference alone, where a search first finds their text."""
     holdout: float = 0.0
     """Share of the samples kept out of training."""
     max_dropped: float = 0.02
@@ -85,6 +89,7 @@ class PrecomputeConfig:
         for name, choices in (
             ("kind", get_args(Kind)),
             ("loss_on", get_args(LossOn)),
+            ("content_search", get_args(ContentSearch)),
             ("dtype", tuple(DTYPES)),
             ("teacher_attention", (None, *ATTENTIONS)),
         ):

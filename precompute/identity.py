@@ -58,6 +58,7 @@ def manifest_config(
         "block_size": config.block_size,
         "shared_vocab_size": None if preparer.config.kind == "cross" else shared_size(config, preparer, spec),
         "loss_on": config.loss_on,
+        "content_search": config.content_search,
         "holdout": config.holdout,
         "source": {
             "spec": corpus.name,

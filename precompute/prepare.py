@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from precompute.first_search import Reading, first_regions, next_regions
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
 from precompute.templates import RAW_ROLE, ContentSpan, Rendered, TemplateRefusal, chat_template, render
 from precompute.tokens import EdgeTokenizer, Kind, Tokens, byte_offsets, check_shared, name_of
@@ -19,6 +20,7 @@ from shards.errors import UsageError
 from shards.noise import uniform01
 
 LossOn = Literal["last", "assistant", "all"]
+ContentSearch = Literal["exact", "first"]
 Targets = tuple[np.ndarray, PositionPairs | ChunkSpans, Counter[str]]
 """Teacher ids, alignment, and maskable student tokens without a counterpart, by reason."""
 
@@ -45,11 +47,15 @@ class PrepareConfig:
     """Chat template instead of the student tokenizer's own."""
     teacher_template: str | None = None
     """Chat template instead of the teacher tokenizer's own."""
+    content_search: ContentSearch = "exact"
+    """How contents are found in the two texts: `exact` where the template put them; `first` where a search
+    first finds their text, the reference's mistake, for parity with it alone (`precompute.first_search`)."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("kind", self.kind, get_args(Kind)),
             ("loss_on", self.loss_on, get_args(LossOn)),
+            ("content_search", self.content_search, get_args(ContentSearch)),
         ):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -164,6 +170,8 @@ class Preparer:
             teacher_ids, alignment, dropped = self._identity(ids, maskable)
         else:
             found = self._align(messages, shown, asked, tokens, seen, real)
+            if (found.spans[1:, 0::2] < found.spans[:-1, 1::2]).any():  # `content_search` "first" alone
+                return Drop("overlapping chunks")
             teacher_ids, alignment, dropped = self._aligned(found, seen, maskable, real)
         if not len(teacher_ids):
             return Drop("nothing aligned", dropped=dropped)
@@ -254,6 +262,13 @@ class Preparer:
                 contents.append((int(s_byte[s.start]), int(s_byte[s.end])))
             if s is not None and t is not None:
                 regions.append(_region(message, s, t, s_byte, t_byte))
+        if self.config.content_search == "first":
+            read = (Reading(self.student, shown.text, tokens), Reading(self.teacher, asked.text, seen))
+            if self.config.kind == "cross":
+                regions = first_regions([m.content for m in messages], *read)
+            else:
+                searched = [m for m in messages if m.role == "assistant" or self.config.loss_on == "all"]
+                regions = next_regions([m.content for m in searched], *read)
         where: dict[str, Any] = {
             "student_tokens": real,
             "teacher_tokens": self._teacher_limit(),

@@ -161,6 +161,7 @@ def make_preparer(config: PrecomputeConfig) -> Preparer:
             student_max_length=config.max_length,
             teacher_max_length=config.max_teacher_length,
             loss_on=config.loss_on,
+            content_search=config.content_search,
             holdout=config.holdout,
             seed=config.seed,
         ),

@@ -6,7 +6,8 @@ Equal wherever the reference is sound. It differs by design where the reference
 - does not find a text whose last character is several tokens, or that a tokenizer normalises;
 - zips two ranges position by position although a token at the edge merged with the template.
 
-Each test states the reference's value, ours, and that one of these is why.
+Each test states the reference's value, ours, and that one of these is why. With `content_search="first"` the
+first two are the reference's as well.
 """
 
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from precompute.first_search import Reading, first_ranges, first_tokens
 from precompute.prepare import Drop, PrepareConfig, Preparer
 from precompute.sample import ChunkSpans, Conversation, Message, PositionPairs, Sample
 from precompute.templates import Rendered, render
@@ -28,6 +30,7 @@ from shards.align import outer_spans
 pytestmark = pytest.mark.slow  # fetches and loads four real tokenizers
 
 Loader = Callable[..., PreTrainedTokenizerFast]
+NOTHING = np.zeros(0, dtype=np.int32)
 TEACHERS = ("llama3", "gpt4o", "deepseek_v3")
 
 
@@ -130,6 +133,41 @@ def test_position_pairs(real_tokenizer: Loader, recorded: Any, specials: list[st
     assert first_occurrence >= 2
 
 
+def test_position_pairs_as_the_reference_searches(
+    real_tokenizer: Loader, recorded: Any, specials: list[str], student: Any
+) -> None:
+    """`align_chat_tokens` again, `content_search="first"`: equal on the tokens that carry loss, repeats
+    included, wherever the zip of positions is sound. What the reference puts on other tokens is no target."""
+    role = recorded["templates"]["A_role"]
+    compared = misplaced = 0
+    for special in (True, False):
+        teacher = real_tokenizer("qwen3", role, *(specials if special else ()))
+        for case in recorded["cases"]:
+            for entry in case["align_chat_tokens"]:
+                if entry["role_tokens_special"] != special:
+                    continue
+                loss_on = "all" if entry["roles"] is None else "assistant"
+                ours = {}
+                for search in ("exact", "first"):
+                    config = settings(kind="shared", loss_on=loss_on, content_search=search)
+                    made = Preparer(student, teacher, config).prepare(conversation(case))
+                    pairs = made.alignment if isinstance(made, Sample) else PositionPairs(NOTHING, NOTHING)
+                    assert isinstance(pairs, PositionPairs)
+                    ours[search] = set(zip(pairs.student.tolist(), pairs.teacher.tolist()))
+                theirs = set(zip(entry["align_b"], entry["align_a"]))
+                if any(entry["ids_b"][s] != entry["ids_a"][t] for s, t in theirs):
+                    continue  # shifted by a merged token
+                learned = Preparer(student, None, settings(kind="shared", loss_on=loss_on))
+                alone = learned.prepare(conversation(case))
+                assert isinstance(alone, Sample)
+                theirs = {(s, t) for s, t in theirs if alone.maskable[s]}
+                assert ours["first"] == theirs, (case["id"], special, loss_on)
+                compared += 1
+                misplaced += ours["exact"] != theirs
+    assert compared >= 25
+    assert misplaced >= 4
+
+
 def hulls(sample: Sample, shown: Rendered, tokens: Tokens) -> list[list[int] | None]:
     """[teacher start, teacher end, student start, student end] from the first to the last chunk of every
     message."""
@@ -199,6 +237,30 @@ def test_content_ranges(recorded: Any, student: Any, teachers: dict[str, Any], n
             assert ours[1] <= len(seen.ids), where
     assert equal >= 13
     assert all(reasons.values()), reasons
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_content_ranges_as_the_reference_searches(
+    recorded: Any, student: Any, teachers: dict[str, Any], name: str
+) -> None:
+    """`find_content_ranges` again, as `content_search="first"` has it: equal in every chat, misplaced and cut
+    contents included; what a tokenizer normalises is not found, other text on the two sides is left out."""
+    preparer = Preparer(student, teachers[name], settings(kind="cross"))
+    for case in recorded["cases"]:
+        entry = next(e for e in case["find_content_ranges"] if e["teacher"] == name)
+        talk = conversation(case)
+        shown, tokens, asked, seen = read(preparer, talk.messages)
+        sides = {
+            "student": Reading(preparer.student, shown.text, tokens),
+            "teacher": Reading(preparer.teacher, asked.text, seen),
+        }
+        contents = [m.content for m in talk.messages]
+        for content, theirs in zip(contents, entry["per_message"]):
+            for side, reading in sides.items():
+                expected = theirs and tuple(theirs[side])
+                assert (first_tokens(reading, content) or (-1, -1)) == (expected or (-1, -1)), case["id"]
+        both = [r for r in first_ranges(contents, sides["student"], sides["teacher"]) if r is not None]
+        assert [[*r[2:], *r[:2]] for r in both] == entry["ranges"], case["id"]
 
 
 def test_rows_of_the_cross_tokenizer_pipeline(recorded: Any, student: Any, teachers: dict[str, Any]) -> None:
