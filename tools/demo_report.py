@@ -227,7 +227,7 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
                 x_label="step",
                 y_label="masked CE, weight 1/t (nats)",
                 markers=False,
-                caption="Mean of five logged steps. Arms of a pipeline see the same batches under the same noise.",
+                caption="Mean of five logged steps. Arms of a pipeline see the same batches.",
             )
         )
     intro = (
