@@ -158,6 +158,7 @@ def test_report_shows_the_numbers_and_a_quick_run_claims_nothing(tmp_path: Path)
     page = write_page(tmp_path / "full.html", result, quick=False).read_text()
     assert "−0.100" in page
     assert "better than CE" in page
+    assert ">0.30<" in page  # three of ten active chunks above one half
     quick = write_page(tmp_path / "quick.html", result, quick=True).read_text()
     assert "better than CE" not in quick
     assert "numbers mean nothing" in quick

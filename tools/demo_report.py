@@ -9,6 +9,7 @@ from typing import Any
 
 from student.evaluate import EvalResult, bootstrap, paired_bootstrap
 from tools.report_html import Bar, Column, Series, Table, bar_chart, interval, line_chart, write_report
+from tools.run_precompute import above_half
 
 BASELINE, CONTROL = "ce", "ce-uniform"
 """Objectives that arms of their pipeline are compared with, where it has them."""
@@ -141,12 +142,6 @@ def data_table(result: dict[str, Any]) -> Table:
             "others."
         ),
     )
-
-
-def above_half(report: dict[str, Any]) -> float | None:
-    """Share of active chunks with tempered teacher probability above one half; None without chunks."""
-    chunks = report.get("active_chunks", 0)
-    return report["chunks_above_half"] / chunks if chunks else None
 
 
 def models_table(result: dict[str, Any]) -> Table:

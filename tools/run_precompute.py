@@ -136,6 +136,11 @@ def precompute(
     output.say(f"{out}: {size}, kind {manifest.kind}")
     for line in losses(manifest.report):
         output.say(line)
+    if (share := above_half(manifest.report)) is not None:
+        output.say(
+            f"{share:.0%} of the active chunks have a tempered teacher probability (T = 2) above one half; "
+            "reverse-calm pushes the student away from the text of the others"
+        )
     output.result(
         {
             "command": "precompute",
@@ -169,3 +174,9 @@ def losses(report: dict[str, Any]) -> list[str]:
     if notes := report.get("notes"):
         lines.append(f"remarks on samples: {reasons(notes, {})}")
     return lines
+
+
+def above_half(report: dict[str, Any]) -> float | None:
+    """Share of active chunks whose tempered (T = 2) teacher probability exceeds 1/2; None without chunks."""
+    chunks = report.get("active_chunks", 0)
+    return report["chunks_above_half"] / chunks if chunks else None
