@@ -1,8 +1,8 @@
 """Held-out likelihood of a masked diffusion model: NLL over timesteps, and its bound in bits per byte.
 
 At timestep t each counted token is hidden with probability t; NLL_t = (1/t) * sum of the cross entropy at the
-hidden ones. Its mean over uniform t bounds -log p(answer | prompt) from above (MDLM, BD3LM section 3; DESIGN
-9); the default grid is the midpoint rule with five cells.
+hidden ones. Its mean over uniform t bounds -log p(answer | prompt) from above (MDLM; BD3LM section 3);
+the default grid is the midpoint rule with five cells.
 
 Counted are maskable tokens of the content and end-of-turn tokens. The EOS that fills the last block is hidden
 at every t and never counted: left visible it would give the answer's length away and NLL would no longer be a

@@ -135,7 +135,7 @@ def _next_token(texts: Sequence[TrainingText]) -> tuple[list[Piece], Tensor, Ten
 def _masked(
     texts: Sequence[TrainingText], config: PretrainConfig, name: str, mask_token_id: int
 ) -> tuple[list[Piece], Tensor, Tensor]:
-    """Predict masked tokens; weights 1/t over the maskable tokens of the batch (DESIGN 5, CE)."""
+    """Predict masked tokens; weights 1/t over the maskable tokens of the batch."""
     pieces, gold, weight = [], [], []
     for k, text in enumerate(texts):
         u = uniform01(config.seed, f"{name}/{k}", "pretrain-noise", len(text.ids) + 1)
