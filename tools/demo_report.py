@@ -66,7 +66,6 @@ def arms_table(result: dict[str, Any], judged: list[Verdict]) -> Table:
     """One row per arm, and the two ends of the scale: the start and the teacher."""
     columns = (
         Column(label="student", align="left"),
-        Column(label="objective", align="left"),
         Column(label="dataset", align="left"),
         Column(label="bits per byte [95 %]"),
         Column(label="against CE [95 %, paired]"),
@@ -77,13 +76,12 @@ def arms_table(result: dict[str, Any], judged: list[Verdict]) -> Table:
     rows: list[tuple[Any, ...]] = []
     for name, data in result["reference"].items():
         value = bootstrap(EvalResult.from_json(data))
-        rows.append((name, "–", "–", interval(*value, digits=3), None, None, None, None))
+        rows.append((name, "–", interval(*value, digits=3), None, None, None, None))
     for v in judged:
         compared = [interval(*d, digits=3) if d else None for d in (v.against_ce, v.against_control)]
         rows.append(
             (
                 v.name,
-                v.objective,
                 v.dataset,
                 interval(*v.bits, digits=3),
                 *compared,
