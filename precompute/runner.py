@@ -121,7 +121,9 @@ class DropLimit:
             if isinstance(made, Drop):
                 content += made.dropped.total()
                 dropped[made.reason] += 1
-                self.first.setdefault(made.reason, f"{conversation.source} row {conversation.index + 1}")
+                where = f"{conversation.source} row {conversation.index + 1}"
+                why = f": {' '.join(made.detail.split())}" if made.detail else ""
+                self.first.setdefault(made.reason, where + why)
             else:
                 content += int(made.maskable.sum())
                 samples.append(made)

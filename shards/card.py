@@ -72,7 +72,7 @@ Read it without tide: every shard is an Arrow IPC file with plain list columns, 
     input_ids = [low + 65536 * high for low, high in zip(row["input_lo"], row["input_hi"])]
 
 The column `split` says `train` or `heldout`. `manifest.json` holds the whole configuration and the sha256 of
-every shard and record batch; `tide verify THIS_FOLDER` checks them."""
+every shard and record batch; tide checks a batch before it uses one of its rows."""
 
 
 def _codec(codec: Codec) -> str:

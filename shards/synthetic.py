@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -131,3 +131,17 @@ def _head(logp: np.ndarray, codec: SparseCodec) -> SparseTarget:
         logp=top[keep].astype(np.float32),
         tails=np.stack(tails, axis=1).astype(np.float32),
     )
+
+
+def endless(
+    rows: Sequence[Row],
+) -> Callable[[Mapping[str, Any] | None], Iterator[tuple[Row, dict[str, int]]]]:
+    """A source of training rows without end, as a loader takes it; its state is the number of rows given."""
+
+    def source(at: Mapping[str, Any] | None) -> Iterator[tuple[Row, dict[str, int]]]:
+        given = at["given"] if at else 0
+        while True:
+            yield rows[given % len(rows)], {"given": given + 1}
+            given += 1
+
+    return source

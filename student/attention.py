@@ -66,13 +66,12 @@ def block_mask(attention: Attention, at: Coordinates) -> Any:
     return create_block_mask(mask_mod, rows, None, length, length, device=str(at.sample.device))
 
 
-def attention_mask(attention: Attention, at: Coordinates, implementation: str) -> Any:
-    """The mask in the form the model's attention implementation wants (`flex_attention` or any other)."""
+def attention_mask(attention: Attention, at: Coordinates, model: Any) -> Any:
+    """The mask in the form that the attention implementation of `model` (a transformers model) wants."""
+    implementation = model.config._attn_implementation
     if implementation == "flex_attention":
         return block_mask(attention, at)
     mask = dense_mask(attention, at)
     if implementation == "eager":  # added to the scores there
-        return (
-            torch.zeros(mask.shape).masked_fill(~mask.cpu(), torch.finfo(torch.float32).min).to(mask.device)
-        )
+        return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     return mask

@@ -17,9 +17,7 @@ def hidden_at(
 
     Any decoder-only transformers model serves; the head (`model.get_output_embeddings()`) is not run.
     """
-    mask = attention_mask(attention, at, model.config._attn_implementation)
-    if mask is not None and hasattr(mask, "is_floating_point") and mask.is_floating_point():
-        mask = mask.to(model.dtype)
+    mask = attention_mask(attention, at, model)
     out = model.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
     )

@@ -150,7 +150,7 @@ class TideTrainer(Trainer):
             TideError: the loss is not finite (names step, terms and rows).
         """
         batch: Batch = inputs
-        mask = attention_mask("staircase", batch.at, self.model.config._attn_implementation)
+        mask = attention_mask("staircase", batch.at, self.model)
         out = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -172,8 +172,8 @@ class TideTrainer(Trainer):
         kept = f"the last checkpoint is {self.saved}" if self.saved else "no checkpoint was saved yet"
         raise TideError(
             f"step {self.state.global_step + 1}: the loss is not finite ({shown}) on rows {rows}; stopped "
-            f"before the optimiser step, {kept}; lower the learning rate or look at these rows with tide "
-            "inspect --row"
+            f"before the optimiser step, {kept}; lower the learning rate, or look at these rows "
+            "(sample id/view) in the dataset"
         )
 
     # records

@@ -141,7 +141,7 @@ def student_step(trace: Any, student: Any, rows: list[Row]) -> tuple[Tensor, Bat
     logits = student(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=attention_mask("staircase", batch.at, student.config._attn_implementation),
+        attention_mask=attention_mask("staircase", batch.at, student),
         read=batch.read,
     ).logits
     return logits, batch

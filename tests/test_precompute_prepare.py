@@ -362,6 +362,7 @@ def test_drops_of_templates(student_tokenizer: PreTrainedTokenizerFast) -> None:
         found = shared(student_tokenizer, student_template=template).prepare(chat("q", "answer"))
         assert isinstance(found, Drop)
         assert found.reason == reason
+        assert ("no" in found.detail) == ("refused" in reason)
     other = as_shared(student_tokenizer, shouting)
     found = Preparer(student_tokenizer, other, PrepareConfig(kind="shared")).prepare(chat("q", "answer"))
     assert isinstance(found, Drop)

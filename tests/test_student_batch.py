@@ -1,7 +1,7 @@
 """Rows to batches and global batches to micro-batches: every tensor against plain loops over the rows."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,6 +13,7 @@ import torch
 
 from shards.errors import ConfigMismatch
 from shards.row import ChunkTargets, DenseTarget, PositionTargets, Row, SparseTarget
+from shards.synthetic import endless
 from student.batch import collate, counts_of, packed_tokens
 from student.layout import Stream, lay_out
 from student.loader import BatchStream, deal, global_batches
@@ -225,18 +226,6 @@ def test_wider_rows_read_the_same(rng: np.random.Generator) -> None:
 # the loader
 
 
-def stream_of(rows: list[Row]) -> Any:
-    """An endless stream over the rows; its state is the number of rows given."""
-
-    def source(at: Mapping[str, Any] | None) -> Iterator[tuple[Row, dict[str, int]]]:
-        n = at["given"] if at else 0
-        while True:
-            yield rows[n % len(rows)], {"given": n + 1}
-            n += 1
-
-    return source
-
-
 def test_global_batches_keep_to_the_budget(rng: np.random.Generator) -> None:
     """Order and budgets are kept; a row over budget stands alone; views with nothing masked end too."""
     rows = [noise_row(rng, f"s{i}", rate=0.5) for i in range(40)]
@@ -249,8 +238,8 @@ def test_global_batches_keep_to_the_budget(rng: np.random.Generator) -> None:
         assert n + packed_tokens(following[0], BLOCK) > 60
     assert [state for _, state in cut][-1] == len(rows) - 1
     nothing = noise_row(rng, "nothing", rate=0.0)
-    endless = stream_of([nothing])(None)
-    assert len(next(global_batches(endless, batch_tokens=50, block_size=BLOCK))[0]) == 50
+    stream = endless([nothing])(None)
+    assert len(next(global_batches(stream, batch_tokens=50, block_size=BLOCK))[0]) == 50
 
 
 def test_dealing_is_even_and_complete() -> None:
@@ -271,7 +260,7 @@ def test_the_global_batch_is_the_same_for_every_split(
 
     def steps(rank: int, world: int, accumulation: int) -> list[list[Batch]]:
         stream = BatchStream(
-            stream_of(rows),
+            endless(rows),
             partial(collate, **SHARED_SPEC),
             batch_tokens=100,
             block_size=BLOCK,
@@ -298,7 +287,7 @@ def test_resuming_goes_on_without_replay(rng: np.random.Generator) -> None:
 
     def source(at: Mapping[str, Any] | None) -> Any:
         opened.append(at)
-        return stream_of(rows)(at)
+        return endless(rows)(at)
 
     def stream(start: Mapping[str, Any] | None) -> BatchStream:
         return BatchStream(source, partial(collate, **SPEC), batch_tokens=70, block_size=BLOCK, start=start)
@@ -311,7 +300,7 @@ def test_resuming_goes_on_without_replay(rng: np.random.Generator) -> None:
 
 
 def test_rows_longer_than_the_student_are_refused(rng: np.random.Generator) -> None:
-    source = stream_of([noise_row(rng, "fits", blocks=2), noise_row(rng, "long", blocks=9)])
+    source = endless([noise_row(rng, "fits", blocks=2), noise_row(rng, "long", blocks=9)])
     stream = BatchStream(source, partial(collate, **SPEC), batch_tokens=1, block_size=BLOCK, max_positions=32)
     with pytest.raises(ConfigMismatch, match=r"sample long view 1 has 36 tokens, the student 32"):
         list(islice(stream, 5))

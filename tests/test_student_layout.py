@@ -186,3 +186,17 @@ def test_shifted_models_cannot_predict_the_first_token() -> None:
             block_size=4,
             shifted=True,
         )
+
+
+def test_eager_attention_gets_the_same_mask(model: A2DQwen3LMHeadModel) -> None:
+    """There the mask is added to the scores, in the model's number format, instead of selecting them."""
+    cases = [draw(np.random.default_rng(i), streams=2) for i in range(4)]
+    with torch.no_grad():
+        selected = packed_logits(model, cases, "staircase", 128)
+        try:
+            model.set_attn_implementation("eager")
+            added = packed_logits(model, cases, "staircase", 128)
+        finally:
+            model.set_attn_implementation("sdpa")
+    assert len(selected)
+    torch.testing.assert_close(added, selected, rtol=1e-4, atol=1e-4)

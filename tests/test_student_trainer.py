@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from shards.noise import NoiseConfig
 from shards.reader import LogitDataset
 from shards.row import PositionTargets, Row, SparseTarget
 from shards.schema import Kind
-from shards.synthetic import synthetic_config, synthetic_rows
+from shards.synthetic import endless, synthetic_config, synthetic_rows
 from shards.writer import DatasetWriter
 from student.checkpoint import STATE_FILE, check_same_run, checkpoints, load_state, run_identity
 from student.config import TrainConfig, training_arguments
@@ -48,16 +47,6 @@ def synthetic(kind: Kind, n: int) -> list[Row]:
 
 def make_rows(n: int = 24) -> list[Row]:
     return synthetic("shared", n)[::2]
-
-
-def endless(rows: list[Row]) -> Any:
-    def source(at: Mapping[str, Any] | None) -> Iterator[tuple[Row, dict[str, int]]]:
-        n = at["given"] if at else 0
-        while True:
-            yield rows[n % len(rows)], {"given": n + 1}
-            n += 1
-
-    return source
 
 
 @pytest.fixture(scope="module")
