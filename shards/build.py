@@ -5,20 +5,65 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from shards.codec import Codec
 from shards.encoding import encode
+from shards.errors import RowError
+from shards.guard import MAX_BATCH_BYTES, MAX_BATCH_ROWS, MAX_BATCH_VALUES
 from shards.invariants import SPLITS
-from shards.manifest import MAX_BATCH_ROWS, BatchRecord, ShardRecord, shard_hash
-from shards.row import DenseTarget, Row
+from shards.manifest import BatchRecord, ShardRecord, shard_hash
+from shards.noise import check_plan
+from shards.row import Row
 from shards.schema import Kind, schema
+from shards.settings import Settings
 
-MAX_BATCH_VALUES = 1 << 22
-"""Dense values in a record batch (16 MiB), so that a reader's window fits in memory at any vocabulary."""
+
+@dataclass(frozen=True, slots=True)
+class BuiltPart:
+    """A part that is encoded, and not yet on disk."""
+
+    data: pa.Buffer
+    """Its shard."""
+    shard: ShardRecord
+    totals: dict[str, Any]
+    """`count_rows` of its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartBuilder:
+    """Rows -> a part, for one dataset; picklable, so that another process can do it."""
+
+    kind: Kind
+    settings: Settings
+    identity: str
+
+    def build(self, rows: Sequence[Row], *, part: int, first: int, last: int) -> BuiltPart:
+        """Check and encode the rows of corpus rows [first, last).
+
+        Raises:
+            RowError: a row breaks the schema or an invariant.
+            PlanMismatch: a row's noise is not that of its plan (noise source `philox`).
+        """
+        s = self.settings
+        if s.noise_source == "philox":
+            for row in rows:
+                check_plan(s.noise, row)
+        data, shard = build_shard(
+            rows,
+            part=part,
+            first=first,
+            last=last,
+            kind=self.kind,
+            codec=s.codec,
+            identity=self.identity,
+            vocab_size=s.student.vocab_size,
+            shared_vocab_size=s.shared_vocab_size,
+        )
+        return BuiltPart(pa.py_buffer(data), shard, count_rows(rows))
 
 
 def build_shard(
@@ -53,6 +98,12 @@ def build_shard(
             batch = encode(
                 group, kind, codec, identity, vocab_size=vocab_size, shared_vocab_size=shared_vocab_size
             )
+            if batch.nbytes > MAX_BATCH_BYTES:  # no reader would take it
+                first_row = f"sample {group[0].sample_id} view {group[0].view}"
+                raise RowError(
+                    f"{first_row}: a record batch of {batch.nbytes} bytes, "
+                    f"at most {MAX_BATCH_BYTES} are allowed: use the sparse codec, or shorter samples"
+                )
             file.write_batch(batch)
             spans.append((end, sink.tell(), group[0], len(group)))
             end = sink.tell()
@@ -90,8 +141,7 @@ def _batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     values = 0
     for row in ordered:
-        target = row.positions.target if row.positions else None
-        size = target.logp.size if isinstance(target, DenseTarget) else 0
+        size = row.positions.target.values if row.positions else 0
         full = len(group) == MAX_BATCH_ROWS or values + size > MAX_BATCH_VALUES
         if group and (full or (row.split, row.view) != (group[0].split, group[0].view)):
             yield group
@@ -117,7 +167,7 @@ def count_rows(rows: Sequence[Row]) -> dict[str, Any]:
     }
     if shared:
         totals["distilled"] = sum(len(p.positions) for p in shared)
-        totals["target_entries"] = sum(int(np.size(p.target.logp)) for p in shared)  # N * V when dense
+        totals["target_entries"] = sum(p.target.values for p in shared)  # N * V when dense
     if chunks:
         totals["chunks"] = sum(len(c.start) for c in chunks)
         totals["active_chunks"] = sum(int(c.active.sum()) for c in chunks)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from shards.codec import Codec, SparseCodec
+from shards.codec import Codec, ExactCodec, SparseCodec
 from shards.manifest import Manifest
 
 
@@ -43,6 +43,10 @@ def card(manifest: Manifest, name: str = "logit dataset") -> str:
         "noise": f"{m.noise_source}, seed {m.noise.seed}, {m.noise.timesteps} timesteps, by {m.noise.unit}",
         "CompDemo": f"halves of {m.noise.demo_ratio:g}" if m.noise.compdemo else "no",
         "targets": "log-probs of chunks" if m.kind == "cross" else _codec(m.codec),
+        **{
+            f"file {f.file}": f"{f.what}, {f.bytes / 1e6:,.1f} MB, licence: {f.licence or 'not stated'}"
+            for f in m.settings.files
+        },
         "format version": m.format_version,
         "identity": m.identity,
     }
@@ -69,20 +73,27 @@ Read it without tide: every shard is an Arrow IPC file with plain list columns, 
     import datasets
     rows = datasets.load_dataset("arrow", data_files="THIS_FOLDER/part-*.arrow", split="train")
     row = rows[0]
-    input_ids = [low + 65536 * high for low, high in zip(row["input_lo"], row["input_hi"])]
+    bytes_of_ids = zip(row["input_0"], row["input_1"], row["input_2"])
+    input_ids = [a + 256 * b + 65536 * c for a, b, c in bytes_of_ids]
 
 The column `split` says `train` or `heldout`. `manifest.json` holds the whole configuration and the sha256 of
 every shard and record batch; tide checks a batch before it uses one of its rows."""
 
 
 def _codec(codec: Codec) -> str:
+    if isinstance(codec, ExactCodec):
+        return (
+            f"exact: the teacher's final hidden states, {codec.width} numbers of {codec.dtype} per position, "
+            "and its head once, in a file of its own"
+        )
     if not isinstance(codec, SparseCodec):
         return "dense: float32 log-probs of the whole shared vocabulary"
     temperatures = " and ".join(f"{t:g}" for t in codec.temperatures)
+    sketch = f"; sketch = {codec.sketch} coefficients of the tail's shape" if codec.sketch else ""
     return (
         f"sparse: the head up to a dropped mass of {codec.tail_bound:g}, at most {codec.cap} entries, "
-        f"log-prob = -code * {codec.step:g} nat; tail_i = log of the rest's mass at temperature "
-        f"{temperatures}, code * {codec.tail_step:g} nat, -128 = nothing left"
+        f"log-prob = -code * {codec.step:g} nat, codes as differences; tail_i = log of the rest's mass at "
+        f"temperature {temperatures}, code * {codec.tail_step:g} nat, -128 = nothing left{sketch}"
     )
 
 

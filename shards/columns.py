@@ -1,16 +1,20 @@
-"""A record batch as numpy arrays, every list column flat with offsets, and the way from and to Arrow."""
+"""A record batch as numpy arrays, list columns flat with offsets; the way from and to Arrow; its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
 from shards.errors import RowError
+from shards.row import ChunkTargets, DenseTarget, ExactTarget, PositionTargets, Row, SparseTarget, Target
+from shards.schema import planes
 
+BLOCK = 1 << 14
+"""Ids joined at once."""
 LIST_LIMIT = 2**31 - 1
 """Values in one list column of one record batch: Arrow's offsets are int32."""
 
@@ -49,8 +53,17 @@ class Ragged:
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """[rows] sum of `values` (one per value of this column) over each row."""
+        if values.dtype == np.bool_:
+            return np.diff(np.searchsorted(np.flatnonzero(values), self.offsets))
         running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return running[self.offsets[1:]] - running[self.offsets[:-1]]
+
+    def totals(self) -> np.ndarray:
+        """[rows] int64 sum of each row's values."""
+        out, filled = np.zeros(len(self.offsets) - 1, np.int64), self.offsets[1:] > self.offsets[:-1]
+        if filled.any():
+            out[filled] = np.add.reduceat(self.values, self.offsets[:-1][filled], dtype=np.int64)
+        return out
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
@@ -64,9 +77,102 @@ class Columns:
     lists: dict[str, Ragged]
 
     def ids(self, name: str) -> Ragged:
-        """Token ids from their two planes."""
-        low, high = self.lists[f"{name}_lo"], self.lists[f"{name}_hi"]
-        return Ragged(low.values.astype(np.int32) | (high.values.astype(np.int32) << 16), low.offsets)
+        """Token ids, int32, from their bytes."""
+        parts = [self.lists[plane] for plane in planes(name)]
+        return Ragged(_joined([p.values for p in parts]), parts[0].offsets)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """int32 from their bytes, lowest first; as many at once as stay in the processor's cache on the way."""
+    whole = empty(len(parts[0]), np.int32)
+    for start in range(0, len(whole), BLOCK):
+        block = slice(start, start + BLOCK)
+        out = whole[block]
+        out[:] = parts[-1][block]
+        for part in reversed(parts[:-1]):
+            out <<= 8
+            out |= part[block]
+    return whole
+
+
+def empty(n: int, dtype: type[np.generic]) -> np.ndarray:
+    """[n] of Arrow's pool, which uses memory again that malloc gives back to the system each time: for what
+    is made of every record batch."""
+    return np.frombuffer(pa.allocate_buffer(n * np.dtype(dtype).itemsize), dtype)
+
+
+def narrowed(values: np.ndarray) -> np.ndarray:
+    """float32 as the bits of bfloat16, uint16, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """float32 of the bits of bfloat16 (uint16); float32 as it is."""
+    return (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch(Sequence[Row]):
+    """The decoded rows of a record batch: flat arrays, from which a row is cut when it is asked for."""
+
+    scalars: dict[str, np.ndarray]
+    """[rows]; the scalar columns."""
+    lists: dict[str, Ragged]
+    """By the names of the fields of `Row`, `PositionTargets`, its target, and `ChunkTargets`
+    (`chunk_` before the latter's). A column with a second axis keeps it."""
+    _cuts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
+    """Since a row was cut, the offsets of every list as Python's own numbers, which take half the time."""
+
+    def __len__(self) -> int:
+        return len(self.scalars["view"])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return (
+            [self._row(i) for i in range(len(self))[index]]
+            if isinstance(index, slice)
+            else self._row(range(len(self))[index])
+        )
+
+    def _row(self, i: int) -> Row:
+        x, cuts, end = self.lists, self._cuts, i + 1
+        if not cuts:
+            cuts.update({name: column.offsets.tolist() for name, column in x.items()})
+
+        def cut(name: str) -> np.ndarray:
+            at = cuts[name]
+            return x[name].values[at[i] : at[end]]
+
+        positions, chunks = None, None
+        if "positions" in x:
+            target: Target
+            if "dense" in x:
+                target = DenseTarget(cut("dense"))
+            elif "hidden" in x:
+                target = ExactTarget(cut("hidden"))
+            else:
+                sketch = cut("sketch") if "sketch" in x else None
+                target = SparseTarget(cut("counts"), cut("ids"), cut("logp"), cut("tails"), sketch)
+            positions = PositionTargets(cut("positions"), cut("half_a"), cut("gold_logp"), target)
+        else:
+            chunks = ChunkTargets(**{name: cut(f"chunk_{name}") for name in ChunkTargets.__slots__})
+        return Row(
+            sample_id=str(self.scalars["sample_id"][i]),
+            view=int(self.scalars["view"][i]),
+            split=str(self.scalars["split"][i]),
+            t=float(self.scalars["t"][i]),
+            input_ids=cut("input_ids"),
+            real_length=int(self.scalars["real_length"][i]),
+            content_bytes=int(self.scalars["content_bytes"][i]),
+            maskable=cut("maskable"),
+            masked=cut("masked"),
+            positions=positions,
+            chunks=chunks,
+        )
 
 
 def list_array(x: Ragged, kind: pa.DataType) -> pa.ListArray:
@@ -82,7 +188,7 @@ def list_array(x: Ragged, kind: pa.DataType) -> pa.ListArray:
 
 
 def scalar_values(x: pa.Array) -> np.ndarray:
-    return np.array(x.to_pylist(), dtype=str) if x.type == pa.string() else x.to_numpy(zero_copy_only=False)
+    return x.to_numpy(zero_copy_only=False)
 
 
 def list_values(x: pa.ListArray, name: str, *, nullable: bool) -> Ragged:
@@ -93,9 +199,21 @@ def list_values(x: pa.ListArray, name: str, *, nullable: bool) -> Ragged:
         raise RowError(
             f"column {name}: expected offsets from 0 to {len(values)}, got {offsets[0]} to {offsets[-1]}"
         )
+    if pa.types.is_boolean(values.type):
+        return Ragged(_flags(values), offsets)
     flat = values.to_numpy(zero_copy_only=False)
     if nullable:
-        flat = flat.astype(np.float32)
-        if (nan := int(np.isnan(flat).sum())) != values.null_count:
+        flat = flat.astype(np.float32, copy=False)
+        if (nan := np.count_nonzero(np.isnan(flat))) != values.null_count:
             raise RowError(f"column {name}: expected null or a number, got {nan - values.null_count} NaN")
     return Ragged(flat, offsets)
+
+
+def _flags(bits: pa.BooleanArray) -> np.ndarray:
+    """Booleans from their bits: ten times as fast as Arrow's own way."""
+    if not len(bits):
+        return np.zeros(0, np.bool_)
+    packed = np.frombuffer(bits.buffers()[1], np.uint8)
+    return np.unpackbits(packed, count=bits.offset + len(bits), bitorder="little")[bits.offset :].view(
+        np.bool_
+    )

@@ -1,6 +1,6 @@
 """Rows to record batches and back; both ways check every invariant of `shards.invariants`.
 
-Everything runs over the flat values of a whole batch; only cutting it into rows is per row.
+Everything runs over the flat values of a whole batch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from shards.codec import Codec, SparseCodec, dequantise_head, dequantise_tail, quantise_head, quantise_tail
-from shards.columns import Columns, Ragged, list_array, list_values, scalar_values
+from shards.codec import (
+    Codec,
+    DenseCodec,
+    ExactCodec,
+    SparseCodec,
+    dequantise_tail,
+    differences,
+    pack_sketch,
+    quantise_head,
+    quantise_tail,
+    sketch_limits,
+)
+from shards.columns import Columns, Ragged, RowBatch, list_array, list_values, narrowed, scalar_values
 from shards.errors import RowError
 from shards.invariants import ID_LIMIT, LOGP_SLACK, Checker, check_cross, check_noise, check_shared
-from shards.row import ChunkTargets, DenseTarget, PositionTargets, Row, SparseTarget
-from shards.schema import CROSS, NULLABLE, SCALARS, Kind, list_types, schema
+from shards.row import ChunkTargets, DenseTarget, ExactTarget, PositionTargets, Row, SparseTarget
+from shards.schema import CROSS, NULLABLE, SCALARS, Kind, list_types, planes, schema
 
 
 def encode(
@@ -36,7 +47,7 @@ def encode(
     Raises:
         RowError: a value does not fit its column or a row breaks an invariant.
     """
-    check = Checker(_labels([r.sample_id for r in rows], [r.view for r in rows]))
+    check = Checker([r.sample_id for r in rows], [r.view for r in rows])
     scalars = {
         "sample_id": np.array([r.sample_id for r in rows], dtype=str),
         "view": _fit(np.array([r.view for r in rows]), np.uint16, "view", check),
@@ -61,9 +72,19 @@ def encode(
 
 
 def decode(
-    batch: pa.RecordBatch, kind: Kind, codec: Codec, *, vocab_size: int, shared_vocab_size: int | None = None
-) -> list[Row]:
-    """The rows of a record batch, every invariant checked. Arguments as `encode`'s.
+    batch: pa.RecordBatch,
+    kind: Kind,
+    codec: Codec,
+    *,
+    vocab_size: int,
+    shared_vocab_size: int | None = None,
+    thorough: bool = True,
+) -> RowBatch:
+    """The rows of a record batch, every invariant checked. Arguments as `encode`'s, and:
+
+    Args:
+        thorough: also check what takes as long as the rest together: that a head's entries descend, none of
+            its ids twice, and distributions of mass 1. False is for bytes that were checked so before.
 
     Raises:
         RowError: another schema, a null, or a broken invariant (names column, row, expected, got).
@@ -81,46 +102,29 @@ def decode(
         for name in list_types(kind, codec)
     }
     columns = Columns(scalars, lists)
-    check = Checker(_labels(scalars["sample_id"], scalars["view"]))
-    maskable, positions = _check(columns, check, kind, codec, vocab_size, shared_vocab_size)
-    input_ids, masked = columns.ids("input"), lists["masked"]
-    targets: Sequence[PositionTargets] = ()
-    chunks: Sequence[ChunkTargets] = ()
-    if positions is None:
-        chunks = _decode_cross(columns)
-    else:
-        targets = _decode_shared(columns, positions, codec)
-    whole = Ragged(maskable, masked.offsets)
-    return [
-        Row(
-            sample_id=str(scalars["sample_id"][i]),
-            view=int(scalars["view"][i]),
-            split=str(scalars["split"][i]),
-            t=float(scalars["t"][i]),
-            input_ids=input_ids[i],
-            real_length=int(scalars["real_length"][i]),
-            content_bytes=int(scalars["content_bytes"][i]),
-            maskable=whole[i],
-            masked=masked[i],
-            positions=targets[i] if targets else None,
-            chunks=chunks[i] if chunks else None,
-        )
-        for i in range(batch.num_rows)
-    ]
+    check = Checker(scalars["sample_id"], scalars["view"])
+    found = _check(columns, check, kind, codec, vocab_size, shared_vocab_size, thorough)
+    if kind == "cross":
+        return RowBatch(scalars, found | _decode_cross(columns))
+    return RowBatch(scalars, found | _decode_shared(columns, codec, shared_vocab_size or vocab_size))
 
 
 def _check(
-    c: Columns, check: Checker, kind: Kind, codec: Codec, vocab_size: int, shared_vocab_size: int | None
-) -> tuple[np.ndarray, Ragged | None]:
-    maskable = check_noise(c, check, vocab_size)
+    c: Columns,
+    check: Checker,
+    kind: Kind,
+    codec: Codec,
+    vocab_size: int,
+    shared_vocab_size: int | None,
+    thorough: bool = True,
+) -> dict[str, Ragged]:
+    """Every invariant; returns what it decoded on the way, by `RowBatch`'s names."""
+    found = check_noise(c, check, vocab_size)
     if kind == "cross":
-        check_cross(c, check, maskable)
-        return maskable, None
-    return maskable, check_shared(c, check, codec, shared_vocab_size or vocab_size)
-
-
-def _labels(sample_ids: Sequence[str] | np.ndarray, views: Sequence[int] | np.ndarray) -> list[str]:
-    return [f"sample {s} view {v}" for s, v in zip(sample_ids, views)]
+        check_cross(c, check, found["maskable"].values)
+        return found
+    ids, shared = found["input_ids"], shared_vocab_size or vocab_size
+    return found | check_shared(c, check, codec, ids, shared, thorough=thorough)
 
 
 def _encode_noise(rows: Sequence[Row], check: Checker) -> dict[str, Ragged]:
@@ -146,7 +150,7 @@ def _encode_noise(rows: Sequence[Row], check: Checker) -> dict[str, Ragged]:
 
 def _encode_shared(rows: Sequence[Row], codec: Codec, masked: Ragged, check: Checker) -> dict[str, Ragged]:
     parts: list[PositionTargets] = []
-    kind = SparseTarget if isinstance(codec, SparseCodec) else DenseTarget
+    kind = {SparseCodec: SparseTarget, DenseCodec: DenseTarget, ExactCodec: ExactTarget}[type(codec)]
     for i, r in enumerate(rows):
         if r.positions is None or not isinstance(r.positions.target, kind):
             got = "none" if r.positions is None else type(r.positions.target).__name__
@@ -166,9 +170,15 @@ def _encode_shared(rows: Sequence[Row], codec: Codec, masked: Ragged, check: Che
         "half_a": Ragged.gather([p.half_a for p in parts], np.bool_),
         "gold_logp": Ragged.gather([p.gold_logp for p in parts], np.float32),
     }
-    if not isinstance(codec, SparseCodec):
+    if isinstance(codec, DenseCodec):
         dense = [p.target.logp for p in parts if isinstance(p.target, DenseTarget)]
         return {**out, "dense_logp": Ragged.gather([x.reshape(-1) for x in dense], np.float32)}
+    if isinstance(codec, ExactCodec):
+        states = [p.target.hidden.reshape(-1) for p in parts if isinstance(p.target, ExactTarget)]
+        hidden = Ragged.gather(states, np.float32)
+        if codec.dtype == "bfloat16":
+            hidden = Ragged(narrowed(hidden.values), hidden.offsets)
+        return {**out, "hidden": hidden}
     heads = [p.target for p in parts if isinstance(p.target, SparseTarget)]
     counts = Ragged.gather([h.counts for h in heads], np.int64)
     ids = Ragged.gather([h.ids for h in heads], np.int64)
@@ -183,16 +193,32 @@ def _encode_shared(rows: Sequence[Row], codec: Codec, masked: Ragged, check: Che
         check.items(
             ~(tail.values < np.inf), f"tail_{j}", tail, "a finite logsumexp, or -inf for an empty tail"
         )
+    if codec.sketch:
+        out["sketch"] = _sketches(heads, counts.lengths, codec, check)
+    codes = quantise_head(logp.values, codec.step)
     return {
         **out,
         "counts": Ragged(_fit(counts.values, np.uint8, "counts", check, counts), counts.offsets),
         **_planes("top", ids, check),
-        "top_logp": Ragged(quantise_head(logp.values, codec.step), logp.offsets),
+        "top_logp": Ragged(differences(codes, logp.offsets[:-1]), logp.offsets),
         **{
             f"tail_{j}": Ragged(quantise_tail(tail.values, codec.tail_step), tail.offsets)
             for j, tail in enumerate(tails)
         },
     }
+
+
+def _sketches(heads: Sequence[SparseTarget], n: np.ndarray, codec: SparseCodec, check: Checker) -> Ragged:
+    """Packed codes of each row, coefficient after coefficient: those of one compress together."""
+    found = [np.zeros((0, 0), np.int8) if h.sketch is None else h.sketch for h in heads]
+    limits = sketch_limits(codec)
+    bad = [
+        x.shape != (k, codec.sketch) or x.dtype != np.int8 or bool((x > limits).any() or (x < -limits).any())
+        for x, k in zip(found, n)
+    ]
+    shown = np.array([f"{x.shape} {x.dtype}, largest {x.max(initial=0)}" for x in found])
+    check.rows(np.array(bad, dtype=bool), "sketch", f"[N, {codec.sketch}] int8 codes in their limits", shown)
+    return Ragged.gather([pack_sketch(x, codec).T.reshape(-1) for x in found], np.int8)
 
 
 def _encode_cross(rows: Sequence[Row], check: Checker) -> dict[str, Ragged]:
@@ -211,40 +237,40 @@ def _encode_cross(rows: Sequence[Row], check: Checker) -> dict[str, Ragged]:
     return out
 
 
-def _decode_shared(c: Columns, positions: Ragged, codec: Codec) -> list[PositionTargets]:
-    half_a, gold = c.lists["half_a"], c.lists["gold_logp"]
-    n_rows = len(positions.offsets) - 1
-    targets: list[SparseTarget | DenseTarget]
-    if isinstance(codec, SparseCodec):
-        counts, ids, codes = c.lists["counts"], c.ids("top"), c.lists["top_logp"]
-        logp = Ragged(dequantise_head(codes.values, codec.step), codes.offsets)
-        tails = [c.lists[f"tail_{j}"].values for j in range(len(codec.temperatures))]
-        tail = Ragged(dequantise_tail(np.stack(tails, axis=1), codec.tail_step), counts.offsets)
-        whole = Ragged(counts.values.astype(np.int32), counts.offsets)
-        targets = [SparseTarget(whole[i], ids[i], logp[i], tail[i]) for i in range(n_rows)]
-    else:
-        dense, n = c.lists["dense_logp"], positions.lengths
-        total = max(1, len(positions.values))
-        width = len(dense.values) // total
-        targets = [DenseTarget(dense[i].reshape(n[i], width)) for i in range(n_rows)]
-    return [PositionTargets(positions[i], half_a[i], gold[i], targets[i]) for i in range(n_rows)]
+def _decode_shared(c: Columns, codec: Codec, shared_vocab_size: int) -> dict[str, Ragged]:
+    out = {name: c.lists[name] for name in ("half_a", "gold_logp")}
+    if isinstance(codec, ExactCodec):
+        return out
+    if isinstance(codec, DenseCodec):
+        dense = c.lists["dense_logp"]
+        by_position = dense.values.reshape(-1, shared_vocab_size)
+        return {**out, "dense": Ragged(by_position, dense.offsets // shared_vocab_size)}
+    counts = c.lists["counts"]
+    tails = np.empty((len(counts.values), len(codec.temperatures)), np.float32)
+    for j in range(len(codec.temperatures)):
+        tails[:, j] = dequantise_tail(c.lists[f"tail_{j}"].values, codec.tail_step)
+    return {
+        **out,
+        "counts": Ragged(counts.values.astype(np.int32), counts.offsets),
+        "tails": Ragged(tails, counts.offsets),
+    }
 
 
-def _decode_cross(c: Columns) -> list[ChunkTargets]:
-    def column(name: str) -> Ragged:
-        x = c.lists[f"chunk_{name}"]
-        wide = x.values.astype(np.int32) if x.values.dtype == np.uint16 else x.values
-        return Ragged(wide, x.offsets)
-
-    fields = [column(name.removeprefix("chunk_")) for name in CROSS]
-    return [ChunkTargets(*(f[i] for f in fields)) for i in range(len(fields[0].offsets) - 1)]
+def _decode_cross(c: Columns) -> dict[str, Ragged]:
+    lists = {name: c.lists[name] for name in CROSS}
+    return {
+        name: Ragged(x.values.astype(np.int32), x.offsets) if x.values.dtype == np.uint16 else x
+        for name, x in lists.items()
+    }
 
 
 def _planes(name: str, ids: Ragged, check: Checker) -> dict[str, Ragged]:
     bad = (ids.values < 0) | (ids.values >= ID_LIMIT)
     check.items(bad, name, ids, f"an id in [0, {ID_LIMIT})")
-    low, high = (ids.values & 0xFFFF).astype(np.uint16), (ids.values >> 16).astype(np.uint8)
-    return {f"{name}_lo": Ragged(low, ids.offsets), f"{name}_hi": Ragged(high, ids.offsets)}
+    return {
+        plane: Ragged((ids.values >> (8 * i) & 0xFF).astype(np.uint8), ids.offsets)
+        for i, plane in enumerate(planes(name))
+    }
 
 
 def _fit(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from shards.atomic import write_atomic
 from shards.codec import Codec
 from shards.errors import ManifestError, VersionError
+from shards.guard import MAX_BATCH_BYTES, MAX_BATCH_ROWS, Guard, plain_file
 from shards.invariants import SPLITS
 from shards.noise import NoiseConfig
 from shards.schema import FORMAT_VERSION, Kind
 from shards.settings import NoiseSource, Settings, StudentInfo, identity_of, settings_of
-from shards.untrusted import build, parse
+from shards.untrusted import MAX_JSON_BYTES, build, parse
 
 __all__ = [
     "BatchRecord",
@@ -38,7 +40,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-MAX_BATCH_ROWS = 256
+MAX_FRAME_BYTES = 1 << 20
+"""Of what Arrow writes before the first record batch of a shard or after its last one."""
 _SHA = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.arrow")
 
@@ -119,7 +122,8 @@ def shard_from_json(data: Any, where: str) -> ShardRecord:
         raise refuse(f"part {shard.part} has the impossible row range {shard.first}..{shard.last}")
     end = shard.head[1]
     for i, b in enumerate(shard.batches):
-        if b.offset != end or b.length < 1 or not 1 <= b.rows <= MAX_BATCH_ROWS or b.split not in SPLITS:
+        possible = 1 <= b.length <= MAX_BATCH_BYTES and 1 <= b.rows <= MAX_BATCH_ROWS
+        if b.offset != end or not possible or b.split not in SPLITS:
             raise refuse(
                 f"record batch {i} is impossible: {b.rows} rows of split {b.split!r}, "
                 f"{b.length} bytes at {b.offset} (expected at {end})"
@@ -127,6 +131,9 @@ def shard_from_json(data: Any, where: str) -> ShardRecord:
         end = b.offset + b.length
     if end > shard.bytes:
         raise refuse(f"record batches end at byte {end} of a file of {shard.bytes}")
+    for what, (_, length) in (("before the first", shard.head), ("after the last", shard.foot)):
+        if length > MAX_FRAME_BYTES:
+            raise refuse(f"{length} bytes {what} record batch, at most {MAX_FRAME_BYTES} are possible")
     if (rows := sum(b.rows for b in shard.batches)) != shard.rows:
         raise refuse(f"{shard.rows} rows declared, {rows} in the record batches")
     digests = [shard.head_sha256, *(b.sha256 for b in shard.batches), shard.foot_sha256]
@@ -154,16 +161,25 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def load(cls, path_or_url: str | Path) -> Manifest:
+    def load(cls, path_or_url: str | Path, read: Callable[[str], bytes] | None = None) -> Manifest:
         """Read the manifest of a dataset folder (local, or any fsspec URL).
+
+        Args:
+            read: gives a file of the folder by its name; None = through fsspec.
 
         Raises:
             ManifestError: missing, unreadable, or contradicting itself.
             VersionError: made by a program of another format version, or with an unknown codec.
         """
-        fs, root = fsspec.core.url_to_fs(str(path_or_url))
         try:
-            text = fs.cat_file(f"{root.rstrip('/')}/{MANIFEST}")
+            if read is None:
+                fs, root = fsspec.core.url_to_fs(str(path_or_url))
+                path = f"{root.rstrip('/')}/{MANIFEST}"
+                if isinstance(fs, LocalFileSystem):
+                    plain_file(path)
+                text = fs.cat_file(path, start=0, end=MAX_JSON_BYTES + 1)
+            else:
+                text = read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise ManifestError(
                 f"{path_or_url} has no {MANIFEST}: not a logit dataset, or an unfinished one (then run the "
@@ -177,11 +193,14 @@ class Manifest:
     def from_json(cls, data: dict[str, Any], where: str = MANIFEST) -> Manifest:
         """Raises: ManifestError, VersionError (see `load`)."""
         check_version(data, where)
+        body = {k: v for k, v in data.items() if k != "sha256"}
+        if data.get("sha256") != identity_of(body):
+            raise ManifestError(f"{where}: its sha256 is not that of its content; fetch the dataset again")
         shards = data.get("shards")
         if not isinstance(shards, list):
             raise ManifestError(f"{where} has no list of shards; fetch the dataset again")
         records = tuple(shard_from_json(s, f"{where}: shard {i}") for i, s in enumerate(shards))
-        manifest = build(cls, {**data, "shards": records}, where)
+        manifest = build(cls, {**body, "shards": records}, where)
         manifest._check(where)
         return manifest
 
@@ -211,8 +230,10 @@ class Manifest:
                 )
 
     def to_json(self) -> dict[str, Any]:
+        """A JSON object, whose `sha256` is that of everything else in it as canonical JSON."""
         names = ["format_version", "kind", "identity", "config", "report", "fidelity", "totals"]
-        return {**{n: getattr(self, n) for n in names}, "shards": [asdict(s) for s in self.shards]}
+        body = {**{n: getattr(self, n) for n in names}, "shards": [asdict(s) for s in self.shards]}
+        return {**body, "sha256": identity_of(body)}
 
     def save(self, path: Path) -> None:
         """Write the manifest to the file `path`, whole or not at all."""
@@ -230,6 +251,17 @@ class Manifest:
     def noise_source(self) -> NoiseSource:
         """`philox`: plans can be computed again; `explicit`: they were given."""
         return self.settings.noise_source
+
+    @cached_property
+    def guard(self) -> Guard:
+        """Stands between the dataset's record batches and Arrow."""
+        return Guard(
+            kind=self.kind,
+            codec=self.codec,
+            max_length=self.student.max_length,
+            block_size=self.block_size,
+            vocab_size=self.shared_vocab_size or self.student.vocab_size,
+        )
 
     @property
     def codec(self) -> Codec:

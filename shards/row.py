@@ -1,7 +1,8 @@
 """One row of a logit dataset, decoded: one view of one sample, with what the teacher said about it.
 
 Shape suffixes: L student tokens, N distilled positions, K kept entries (all positions together), V shared
-vocabulary, C chunks, A active chunks. Everything is numpy; log-probs are natural logarithms.
+vocabulary, R coefficients of a sketch, H teacher's hidden size, C chunks, A active chunks. Everything is
+numpy; log-probs are natural logarithms.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ class SparseTarget:
     tails: np.ndarray
     """[N, number of temperatures] float32: log of the sum of p^(1/T) over the tokens not kept; -inf = no
     such token."""
+    sketch: np.ndarray | None = None
+    """[N, R] int8: codes of the coefficients of the dataset's basis; None = the codec has no sketch."""
+
+    @property
+    def values(self) -> int:
+        """Kept entries, or numbers of another target."""
+        return len(self.logp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,25 @@ class DenseTarget:
 
     logp: np.ndarray
     """[N, V] float32: log-probs at temperature 1, normalised over the shared vocabulary."""
+
+    @property
+    def values(self) -> int:
+        return self.logp.size
+
+
+@dataclass(frozen=True, slots=True)
+class ExactTarget:
+    """What the teacher's head makes its distribution of, at each distilled position."""
+
+    hidden: np.ndarray
+    """[N, H] float32: final hidden states, representable in the codec's dtype."""
+
+    @property
+    def values(self) -> int:
+        return self.hidden.size
+
+
+Target = SparseTarget | DenseTarget | ExactTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +72,7 @@ class PositionTargets:
     """[N] bool: in CompDemo half A (predicted by pass 2, shown in pass 1). All False without CompDemo."""
     gold_logp: np.ndarray
     """[N] float32: log-prob of the true token; NaN where its id lies outside the shared vocabulary."""
-    target: SparseTarget | DenseTarget
+    target: Target
 
 
 @dataclass(frozen=True, slots=True)

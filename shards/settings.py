@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shards.codec import Codec, codec_from_json
+from shards.codec import Codec, codec_from_json, table_limit, table_of
 from shards.errors import ManifestError
 from shards.invariants import ID_LIMIT
 from shards.noise import NoiseConfig
@@ -39,6 +39,20 @@ class StudentInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """A file beside the shards, without which their targets cannot be used."""
+
+    file: str
+    """Name inside the dataset's folder."""
+    bytes: int
+    sha256: str
+    what: str
+    """In words, for the card."""
+    licence: str | None = None
+    """Of what it was derived from; None = not stated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """The typed part of a configuration; the rest (source, backend, ...) is provenance."""
 
@@ -49,6 +63,7 @@ class Settings:
     block_size: int
     shared_vocab_size: int | None
     teacher: dict[str, Any]
+    files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +87,7 @@ def settings_of(config: Any, where: str) -> Settings:
     limits = {
         "block_size": (plain.block_size, 1, 1 << 16),
         "student.vocab_size": (student.vocab_size, 1, ID_LIMIT),
+        "student.max_length": (student.max_length, 1, 1 << 20),
         "student.mask_token_id": (student.mask_token_id, 0, student.vocab_size - 1),
         "shared_vocab_size": (plain.shared_vocab_size or student.vocab_size, 1, student.vocab_size),
         "noise.views": (noise.get("views", 1), 1, 1 << 16),
@@ -79,12 +95,36 @@ def settings_of(config: Any, where: str) -> Settings:
     for name, (value, low, high) in limits.items():
         if isinstance(value, int) and not low <= value <= high:
             raise ManifestError(f"{where}: config.{name} must lie in {low}..{high}, got {value}")
+    codec = codec_from_json(config.get("codec"))
     return Settings(
         student=student,
         noise=build(NoiseConfig, noise, f"{where}: config.noise"),
         noise_source=source.source,
-        codec=codec_from_json(config.get("codec")),
+        codec=codec,
         block_size=plain.block_size,
         shared_vocab_size=plain.shared_vocab_size,
         teacher=plain.teacher,
+        files=_files(config, codec, plain.shared_vocab_size or student.vocab_size, where),
     )
+
+
+def _files(config: dict[str, Any], codec: Codec, vocab_size: int, where: str) -> tuple[FileRecord, ...]:
+    """The files beside the shards: what the codec needs, and nothing else."""
+    given = config.get("files", [])
+    if not isinstance(given, list):
+        raise ManifestError(f"{where}: config.files must be a list; fetch the dataset again")
+    files = tuple(build(FileRecord, f, f"{where}: config.files") for f in given)
+    table = table_of(codec)
+    if [(f.file, f.sha256) for f in files] != ([table] if table else []):
+        needed = f"{table[0]} of sha256 {table[1][:12]}" if table else "none"
+        raise ManifestError(
+            f"{where}: config.files must name what codec {codec.name} needs ({needed}); fetch the dataset "
+            "again"
+        )
+    for f in files:
+        if not 0 < f.bytes <= (most := table_limit(codec, vocab_size)):
+            raise ManifestError(
+                f"{where}: config.files: {f.file} of {f.bytes} bytes, 1..{most} are possible; fetch the "
+                "dataset again"
+            )
+    return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,25 +13,63 @@ from shards.errors import ManifestError, UsageError
 T = TypeVar("T")
 
 
+MAX_JSON_BYTES = 1 << 28
+MAX_CONTAINERS = 1 << 22
+MAX_VALUES = 1 << 25
+"""A manifest has eight values per record batch."""
+MAX_DEPTH = 32
+
+
 def parse(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object, without NaN or infinities.
+    """A JSON object: no NaN or infinities, no key twice, bounded in size, number of values and depth.
 
     Raises:
         ManifestError: `text` is something else.
     """
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not a JSON number")
-
+    raw = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    # Counted before anything is built of it: two bytes of JSON can become a hundred of memory.
+    counts = {
+        "bytes": (len(raw), MAX_JSON_BYTES),
+        "lists and objects": (raw.count(b"[") + raw.count(b"{"), MAX_CONTAINERS),
+        "values": (raw.count(b",") + 1, MAX_VALUES),
+    }
+    for what, (n, limit) in counts.items():
+        if n > limit:
+            raise ManifestError(
+                f"{where} has {n} {what}, at most {limit} are allowed; fetch the dataset again"
+            )
     try:
-        data = json.loads(text, parse_constant=refuse)
+        data = json.loads(
+            raw, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_key_once
+        )
     except (ValueError, RecursionError) as e:
         raise ManifestError(f"{where} is not valid JSON: {e}; fetch the dataset again") from e
     if not isinstance(data, dict):
         raise ManifestError(
             f"{where} must be a JSON object, got {type(data).__name__}; fetch the dataset again"
         )
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        values = (v for x in level for v in (x.values() if isinstance(x, dict) else x))
+        level = [v for v in values if isinstance(v, dict | list)]
+    if level:
+        raise ManifestError(f"{where} is nested more than {MAX_DEPTH} levels deep; fetch the dataset again")
     return data
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    return value if math.isfinite(value := float(digits)) else _no_number(digits)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"key {_short(twice)} occurs twice in one object")
+    return found
 
 
 def build(cls: type[T], data: Any, where: str, *, ignore_unknown: bool = False) -> T:

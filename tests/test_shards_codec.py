@@ -1,6 +1,8 @@
 """Quantisers against the error they promise, and the codec's JSON."""
 
 import json
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,16 @@ from shards.codec import (
     EMPTY_TAIL,
     Codec,
     DenseCodec,
+    ExactCodec,
     SparseCodec,
     codec_from_json,
     codec_to_json,
     dequantise_head,
     dequantise_tail,
+    differences,
     quantise_head,
     quantise_tail,
+    undo_differences,
 )
 from shards.errors import ManifestError, UsageError, VersionError
 
@@ -103,3 +108,29 @@ def test_settings_it_cannot_have_are_named(changed: dict, message: str) -> None:
 def test_impossible_codecs_are_refused(bad: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         SparseCodec(**bad)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 5], [0, 0, 2], [4, 1, 0]])
+def test_differences_start_anew_in_every_list(lengths: list[int]) -> None:
+    """Mod 256, falling and rising; a list is readable without the one before it."""
+    codes = np.random.default_rng(1).integers(0, 256, sum(lengths)).astype(np.uint8)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    stored = differences(codes, offsets[:-1])
+    np.testing.assert_array_equal(undo_differences(stored, offsets), codes)
+    for a, b in pairwise(offsets.tolist()):
+        np.testing.assert_array_equal(np.cumsum(stored[a:b], dtype=np.uint8), codes[a:b])
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        ({**codec_to_json(SparseCodec(sketch=4)), "table": ""}, "sha256 of sketch.safetensors"),
+        (codec_to_json(ExactCodec(width=4)), "sha256 of head.safetensors"),
+        (codec_to_json(ExactCodec(table="a" * 64)), "width must be at least 1"),
+        ({**codec_to_json(SparseCodec(sketch=4)), "sketch_wide": 1}, "even number"),
+        ({**codec_to_json(ExactCodec(width=4)), "dtype": "float16"}, "float32, bfloat16"),
+    ],
+)
+def test_a_codec_without_its_table_is_refused(codec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        codec_from_json(codec)

@@ -18,6 +18,7 @@ from shards.manifest import Manifest, identity_of, shard_hash
 from shards.noise import NoiseConfig
 from shards.reader import LogitDataset
 from shards.row import Row
+from shards.schema import planes
 from shards.synthetic import synthetic_config, synthetic_rows
 from shards.writer import DatasetWriter
 
@@ -59,12 +60,17 @@ def expect(error: type[ShardError], message: str, folder: Path) -> None:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the manifest as a forger would: with the identity made to fit."""
+    """Change the manifest as a forger would: with the identity and the manifest's own hash made to fit."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
     manifest["identity"] = identity_of(manifest["config"])
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
+
+
+def signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    return {**body, "sha256": identity_of(body)}
 
 
 def test_the_untouched_dataset_is_fine(data: Path) -> None:
@@ -188,9 +194,9 @@ def config(**values: Any) -> Callable[[dict[str, Any]], None]:
 
 FORGED: list[tuple[Callable[[dict[str, Any]], Any], type[ShardError], str]] = [
     (
-        lambda m: m.update(format_version=1),
+        lambda m: m.update(format_version=2),
         VersionError,
-        r"format version 1 is not one this tide reads \(0\)",
+        r"format version 2 is not one this tide reads \(1\)",
     ),
     (lambda m: m.update(format_version=False), VersionError, "format version False"),
     (lambda m: m.pop("format_version"), VersionError, "format version None"),
@@ -218,7 +224,8 @@ FORGED: list[tuple[Callable[[dict[str, Any]], Any], type[ShardError], str]] = [
     (batch(0, sha256="zz"), ManifestError, "does not follow"),
     (batch(0, length=-5), ManifestError, "record batch 0 is impossible"),
     (batch(1, offset=0), ManifestError, r"record batch 1 is impossible: .* at 0 \(expected at \d+\)"),
-    (batch(3, length=1 << 62), ManifestError, r"end at byte \d+ of a file of"),
+    (batch(3, length=1 << 62), ManifestError, "record batch 3 is impossible"),
+    (batch(3, length=1 << 29), ManifestError, r"end at byte \d+ of a file of"),
     (batch(0, rows=10**9), ManifestError, "record batch 0 is impossible: 1000000000 rows"),
     (batch(0, split="secret"), ManifestError, "of split 'secret'"),
     (batch(0, rows=True), ManifestError, "rows must be a whole number, got True"),
@@ -250,7 +257,7 @@ def test_a_config_that_is_not_the_identitys(data: Path) -> None:
     path = data / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["config"]["block_size"] = 16
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))
     expect(ManifestError, "the identity is not that of its config", data)
 
 
@@ -306,6 +313,10 @@ def test_a_writer_refuses_rows_that_are_not_of_the_plan(tmp_path: Path) -> None:
 
 
 def changed(batch: pa.RecordBatch, column: str, change: Callable[[Any], Any]) -> pa.RecordBatch:
+    if column == "top":  # all planes of the ids
+        for plane in planes(column):
+            batch = changed(batch, plane, change)
+        return batch
     values = batch.column(column).to_pylist()
     values[0] = change(values[0])
     i = batch.schema.get_field_index(column)
@@ -329,8 +340,8 @@ SHARED_CHANGES: list[tuple[str, Callable[[Any], Any], str]] = [
     ("split", lambda _: "test", "expected train or heldout, got test"),
     ("t", lambda _: 0.0, "a timestep in"),
     ("t", lambda _: float("nan"), "a timestep in"),
-    ("input_lo", cut, r"expected \d+ values \(one per token\), got"),
-    ("input_hi", put(3, 255), r"column input\[3\]: expected an id below the vocabulary's 304, got 167"),
+    ("input_0", cut, r"expected \d+ values \(one per token\), got"),
+    ("input_2", put(3, 255), r"column input\[3\]: expected an id below the vocabulary's 304, got 167"),
     ("real_length", lambda _: 0, "a length within the sample, got 0"),
     ("real_length", lambda n: n + 1000, "a length within the sample"),
     ("content_bytes", lambda _: -1, "at least 0, got -1"),
@@ -339,7 +350,7 @@ SHARED_CHANGES: list[tuple[str, Callable[[Any], Any], str]] = [
     ("maskable", put(1, 2**31 - 1), r"maskable\[1\]: expected span edges inside the sample"),
     ("maskable", lambda x: [x[1], x[0]], "span edges in ascending order"),
     ("maskable", lambda x: [x[1] - 1, x[1]], "masked positions inside the maskable spans"),
-    ("masked", cut, "column input_lo: expected"),
+    ("masked", cut, "column input_0: expected"),
     ("masked", flip, "masked positions inside the maskable spans"),
     ("distilled", cut, "one per masked position"),
     ("distilled", flip, "one per distilled position"),
@@ -353,13 +364,13 @@ SHARED_CHANGES: list[tuple[str, Callable[[Any], Any], str]] = [
     ("counts", put(0, 0), r"counts\[0\]: expected 1 to 12 kept entries, got 0"),
     ("counts", put(0, 13), r"counts\[0\]: expected 1 to 12 kept entries, got 13"),
     ("counts", lambda x: [x[0] - 1, *x[1:]], r"one per kept entry"),
-    ("top_lo", cut, "one per kept entry"),
-    ("top_lo", lambda x: [x[1], *x[1:]], r"column top\[\d\]: expected different ids in one head"),
-    ("top_lo", put(0, 301), r"top\[0\]: expected an id below the shared vocabulary's 300, got 301"),
-    ("top_hi", put(0, 1), r"top\[0\]: expected an id below the shared vocabulary's 300"),
+    ("top_0", cut, "one per kept entry"),
+    ("top", lambda x: [x[1], *x[1:]], r"column top\[\d\]: expected different ids in one head"),
+    ("top_1", put(0, 2), r"top\[0\]: expected an id below the shared vocabulary's 300, got \d+"),
+    ("top_2", put(0, 1), r"top\[0\]: expected an id below the shared vocabulary's 300"),
     ("top_logp", put(0, 250), "entries from most to least probable"),
     ("top_logp", lambda x: [0] * len(x), "head and tail that sum to a mass of 1"),
-    ("top_logp", lambda x: [255] * len(x), "head and tail that sum to a mass of 1"),
+    ("top_logp", lambda x: [255] + [0] * (len(x) - 1), "head and tail that sum to a mass of 1"),
     ("tail_0", cut, "one per distilled position"),
     ("tail_0", put(0, 100), "head and tail that sum to a mass of 1"),
     ("tail_1", put(0, -128), r"tail_1\[0\]: expected the empty code -128 exactly where"),
@@ -486,7 +497,7 @@ def test_offsets_that_do_not_start_at_0(shared_batch: pa.RecordBatch) -> None:
 
 def test_offsets_beyond_the_values_do_not_crash_the_process(data: Path, shared_batch: pa.RecordBatch) -> None:
     # Arrow reads such a batch without complaint and touches foreign memory when the column is used.
-    i = shared_batch.schema.get_field_index("input_lo")
+    i = shared_batch.schema.get_field_index("input_0")
     column = shared_batch.column(i)
     offsets = column.offsets.to_numpy().copy()
     offsets[1] = 2**30

@@ -3,9 +3,23 @@
 import numpy as np
 import pytest
 
+from shards.codec import SparseCodec
+from shards.columns import Ragged, RowBatch
+from shards.encoding import decode, encode
 from shards.errors import PlanMismatch, UsageError
-from shards.noise import EPSILON, NoiseConfig, check_plan, iid_mask, make_plan, timestep, uniform01
+from shards.noise import (
+    EPSILON,
+    NoiseConfig,
+    check_plan,
+    check_plans,
+    iid_mask,
+    make_plan,
+    timestep,
+    uniform01,
+)
 from shards.row import Row
+from shards.schema import Kind
+from shards.synthetic import synthetic_rows
 
 
 def test_uniforms_are_pinned() -> None:
@@ -127,3 +141,29 @@ def test_a_changed_row_is_told_from_its_plan() -> None:
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         NoiseConfig(**bad)
+
+
+@pytest.mark.parametrize("config", [
+    NoiseConfig(seed=4), NoiseConfig(timesteps="iid"), NoiseConfig(compdemo=False), NoiseConfig(unit="chunk")
+], ids=str)  # fmt: skip
+def test_plans_of_a_record_batch_are_checked_as_those_of_its_rows(config: NoiseConfig) -> None:
+    """`check_plans` computes all rows at once, another way than `check_plan`; one changed flag is found."""
+    kind: Kind = "cross" if config.unit == "chunk" else "shared"
+    codec = SparseCodec()
+    rows = list(synthetic_rows(0, 12, kind=kind, noise=config, codec=codec))
+    sizes = {"vocab_size": 304, "shared_vocab_size": 300 if kind == "shared" else None}
+    batch = decode(encode(rows, kind, codec, "", **sizes), kind, codec, **sizes)
+    check_plans(config, batch)
+    names = ("masked", "chunk_half_a") if kind == "cross" else ("masked", "half_a")
+    for name in names:
+        flags = batch.lists[name].values.copy()
+        k = len(flags) // 2
+        flags[k] ^= True
+        changed = {**batch.lists, name: Ragged(flags, batch.lists[name].offsets)}
+        row = int(batch.lists[name].row[k])
+        sample, view = batch.scalars["sample_id"][row], batch.scalars["view"][row]
+        with pytest.raises(PlanMismatch, match=f"sample {sample} view {view}: stored"):
+            check_plans(config, RowBatch(batch.scalars, changed))
+    other = {**batch.scalars, "t": np.roll(batch.scalars["t"], 1)}
+    with pytest.raises(PlanMismatch, match="timestep"):
+        check_plans(config, RowBatch(other, batch.lists))

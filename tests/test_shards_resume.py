@@ -188,17 +188,6 @@ def test_what_no_record_names_is_removed(tmp_path: Path, whole: dict[str, bytes]
     assert contents(tmp_path).keys() - whole.keys() == {"notes.txt"}
 
 
-def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path, "shared", CONFIG) as writer:
-        with pytest.raises(ShardError, match="is being written by another tide precompute: wait for it"):
-            DatasetWriter(tmp_path, "shared", CONFIG)
-        writer.write_part(0, 0, 2, rows(0, 2), {})  # the refusal took nothing from the first
-    with DatasetWriter(tmp_path, "shared", CONFIG) as writer:
-        assert writer.finished() == {0: (0, 2)}
-    with pytest.raises(ValueError, match="closed"):
-        writer.write_part(1, 2, 4, rows(2, 4), {})
-
-
 def test_other_settings_are_named_one_by_one(tmp_path: Path) -> None:
     run(tmp_path)
     noise = NoiseConfig(views=2, seed=5)
@@ -226,7 +215,7 @@ def test_a_copy_without_records_is_not_taken_for_leftovers(tmp_path: Path) -> No
 def test_a_dataset_of_another_version_is_not_continued(tmp_path: Path) -> None:
     run(tmp_path)
     path = tmp_path / "dataset.json"
-    path.write_text(path.read_text().replace('"format_version": 0', '"format_version": 9'))
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(VersionError, match="format version 9"):
         DatasetWriter(tmp_path, "shared", CONFIG)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.codec import Codec, DenseCodec, SparseCodec, dequantise_head
+from shards.codec import Codec, DenseCodec, ExactCodec, SparseCodec, dequantise_head
 from shards.errors import RowError, ShardError
 from shards.noise import NoiseConfig
 from shards.reader import LogitDataset, StreamState
@@ -84,12 +84,26 @@ def assert_same(a: Row, b: Row, tolerance: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("kind", "codec", "noise", "tolerance"),
     [
-        ("shared", SparseCodec(), NOISE, {"target.logp": 1 / 32, "tails": 1 / 16}),
-        ("shared", SparseCodec(cap=3, temperatures=(2.0,)), NOISE, {"target.logp": 1 / 32, "tails": 1 / 16}),
+        ("shared", SparseCodec(step=1 / 16), NOISE, {"target.logp": 1 / 32, "tails": 1 / 16}),
+        ("shared", SparseCodec(), NOISE, {"target.logp": 1 / 16, "tails": 1 / 16}),
+        (
+            "shared",
+            SparseCodec(cap=3, step=1 / 16, temperatures=(2.0,)),
+            NOISE,
+            {"target.logp": 1 / 32, "tails": 1 / 16},
+        ),
+        (
+            "shared",
+            SparseCodec(cap=12, sketch=9, sketch_wide=3, table="a" * 64),
+            NOISE,
+            {"target.logp": 1 / 16, "tails": 1 / 16},
+        ),
+        ("shared", ExactCodec(width=24, table="a" * 64), NOISE, {}),
+        ("shared", ExactCodec(width=24, dtype="bfloat16", table="a" * 64), NOISE, {"target.hidden": 1 / 64}),
         ("shared", DenseCodec(), NOISE, {}),
         ("cross", SparseCodec(), CHUNKS, {}),
     ],
-    ids=["sparse", "sparse-t2", "dense", "cross"],
+    ids=["sparse", "sparse-default", "sparse-t2", "sketch", "exact", "exact-bfloat16", "dense", "cross"],
 )
 def test_rows_come_back(
     tmp_path: Path, kind: Kind, codec: Codec, noise: NoiseConfig, tolerance: dict
@@ -161,11 +175,11 @@ def test_pyarrow_reads_a_shard_without_us(shared: Path) -> None:
     record = data.manifest.shards[0]
     table = pa.ipc.open_file(pa.memory_map(str(shared / record.file))).read_all()
     meta = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-    assert (meta["tide.format_version"], meta["tide.kind"]) == ("0", "shared")
+    assert (meta["tide.format_version"], meta["tide.kind"]) == ("1", "shared")
     assert meta["tide.identity"] == data.manifest.identity
     assert json.loads(meta["tide.codec"])["name"] == "sparse"
     row, plain = data.read(0, 0)[0], table.slice(0, 1).to_pylist()[0]
-    ids = [low + 65536 * high for low, high in zip(plain["input_lo"], plain["input_hi"])]
+    ids = [a + 256 * b + 65536 * c for a, b, c in zip(*(plain[f"input_{i}"] for i in range(3)))]
     assert ids == row.input_ids.tolist()
     assert plain["masked"] == row.masked.tolist()
     spans = plain["maskable"]
@@ -182,7 +196,8 @@ def test_datasets_reads_the_shards_without_us(shared: Path, tmp_path: Path) -> N
     assert row.positions is not None
     assert isinstance(row.positions.target, SparseTarget)
     assert plain["counts"] == row.positions.target.counts.tolist()
-    assert dequantise_head(np.array(plain["top_logp"]), 1 / 16).tolist() == row.positions.target.logp.tolist()
+    codes = np.cumsum(plain["top_logp"], dtype=np.uint8)
+    assert dequantise_head(codes, 1 / 8).tolist() == row.positions.target.logp.tolist()
     gold = [np.nan if g is None else g for g in plain["gold_logp"]]
     np.testing.assert_array_equal(np.array(gold, dtype=np.float32), row.positions.gold_logp)
 
@@ -256,8 +271,8 @@ def test_resuming_reads_one_window_again_not_the_epoch(shared: Path, monkeypatch
     monkeypatch.setattr("shards.reader.WINDOW", 1)
     data = LogitDataset(shared)
     read: list[tuple[int, int]] = []
-    real = data.read
-    monkeypatch.setattr(data, "read", lambda s, b: read.append((s, b)) or real(s, b))
+    real = data._fetch
+    monkeypatch.setattr(data, "_fetch", lambda at: read.append(at) or real(at))
     next(data.stream(0, StreamState(0, 300)))
     assert len(read) == 1
 
