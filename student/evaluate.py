@@ -138,7 +138,15 @@ def evaluate(
     model.eval()
     try:
         for asked in _batches(samples, grid, seed, mask_token_id, block_size, row_tokens * batch_rows):
-            logp = _log_probs(model, asked, row_tokens, head_rows, mask_token_id, device)
+            logp = read_log_probs(
+                model,
+                [a.piece for a in asked],
+                np.concatenate([a.gold for a in asked]),
+                pad_id=mask_token_id,
+                row_tokens=row_tokens,
+                head_rows=head_rows,
+                device=device,
+            )
             for a, values in zip(asked, np.split(logp, np.cumsum([len(a.gold) for a in asked])[:-1])):
                 ids.append(a.row.sample_id)
                 content_bytes.append(a.row.content_bytes)
@@ -206,19 +214,20 @@ def _batches(
         yield batch
 
 
-def _log_probs(
+def read_log_probs(
     model: Any,
-    asked: Sequence[_Asked],
+    pieces: Sequence[Piece],
+    gold: np.ndarray,
+    *,
+    pad_id: int,
     row_tokens: int,
     head_rows: int,
-    pad_id: int,
     device: torch.device | str,
 ) -> np.ndarray:
-    """[all asked of all samples] float64 log-probs of the true tokens."""
-    gold = np.concatenate([a.gold for a in asked])
+    """[all asked of all pieces] float64 log-probs of the true tokens `gold`, one for each read."""
     if not len(gold):
         return np.zeros(0)
-    packed = pack([a.piece for a in asked], row_tokens, pad_id=pad_id)
+    packed = pack(pieces, row_tokens, pad_id=pad_id)
 
     def on_device(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device)
