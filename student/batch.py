@@ -7,23 +7,36 @@ entries, chunks) is concatenated over the rows and, where a rectangle is needed,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shards.row import DenseTarget, PositionTargets, Row, SparseTarget
+from shards.row import DenseTarget, ExactTarget, PositionTargets, Row, SparseTarget
 from student.attention import Coordinates
 from student.layout import PAD, Stream, lay_out, pack
-from student.tensors import Batch, ChunkBatch, Counts, Dense, PositionBatch, TopK
+from student.tensors import Batch, ChunkBatch, Counts, Dense, Exact, PositionBatch, Target, TopK
+
+FRESH = -1
+"""`Row.view` of a row whose noise was redrawn (`student.fresh`): no stored view, no targets."""
 
 
 def packed_tokens(row: Row, block_size: int) -> int:
     """Tokens of the row's packed piece (`lay_out`, staircase) without making it: clean blocks before the last
     masked block, plus the masked blocks."""
-    blocks = np.unique(np.flatnonzero(row.masked) // block_size)
+    starts = np.arange(0, len(row.masked), block_size)
+    blocks = np.flatnonzero(np.logical_or.reduceat(row.masked, starts))
     return (int(blocks[-1]) + len(blocks)) * block_size if len(blocks) else 0
+
+
+def shared_views(rows: Sequence[Row]) -> list[list[Row]]:
+    """Views of one sample together, samples in the order of their first."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.sample_id, []).append(row)
+    return list(groups.values())
 
 
 def counts_of(rows: Sequence[Row], block_size: int) -> Counts:
@@ -56,6 +69,7 @@ def collate(
     temperatures: Sequence[float] = (),
     counts: Counts | None = None,
     width_multiple: int = 1,
+    share_clean: bool = False,
     state: Mapping[str, Any] | None = None,
 ) -> Batch:
     """One micro-batch on CPU.
@@ -68,17 +82,22 @@ def collate(
         temperatures: of the columns of the sparse targets' tails, in order.
         counts: of the global batch; None = these rows are the whole of it.
         width_multiple: pad packed rows to a multiple of this (CUDA: fewer shapes to compile for).
+        share_clean: views of one sample read one clean stream, and come together in the batch. Exact; saves
+            tokens where a batch holds several (`Counts.tokens` is what they would be without).
         state: position of the data stream after the global batch.
     """
+    groups = shared_views(rows) if share_clean else [[row] for row in rows]
+    rows = [row for group in groups for row in group]
     asked = [np.flatnonzero(row.masked) for row in rows]
+    streams = (Stream(np.where(row.masked, mask_token_id, row.input_ids), at) for row, at in zip(rows, asked))
     pieces = [
         lay_out(
-            row.input_ids,
-            [Stream(np.where(row.masked, mask_token_id, row.input_ids), at)],
+            group[0].input_ids,
+            list(islice(streams, len(group))),
             attention="staircase",
             block_size=block_size,
         )
-        for row, at in zip(rows, asked)
+        for group in groups
     ]
     packed = pack(pieces, row_tokens)
     fields = [packed.ids, packed.position, packed.sample, packed.stream, packed.block, packed.order]
@@ -105,7 +124,7 @@ def collate(
         counts=counts_of(rows, block_size) if counts is None else counts,
         positions=positions,
         chunks=_gold_chunks(positions) if positions is not None else _chunks(rows, asked, offsets),
-        rows=tuple(f"{row.sample_id}/{row.view}" for row in rows),
+        rows=tuple(f"{row.sample_id}/{'fresh' if row.view == FRESH else row.view}" for row in rows),
         state=dict(state or {}),
     )
 
@@ -117,13 +136,14 @@ def _positions(
     shared_vocab_size: int | None,
     temperatures: Sequence[float],
 ) -> PositionBatch | None:
-    """Shared-tokenizer targets of all rows; None where the rows carry none. No rows: empty targets."""
+    """Shared-tokenizer targets of all rows; None where the rows carry none. No rows, or fresh ones alone:
+    empty targets."""
     given = [(i, row.positions) for i, row in enumerate(rows) if row.positions is not None]
     if shared_vocab_size is None:
         if given:
             raise ValueError("rows with position targets need shared_vocab_size")
         return None
-    if rows and not given:
+    if not given and any(row.view != FRESH for row in rows):
         return None
     sizes = np.array([len(p.positions) for _, p in given], dtype=np.int64)
     gold = _long([rows[i].input_ids[p.positions] for i, p in given])
@@ -132,22 +152,31 @@ def _positions(
         index=_long([np.searchsorted(asked[i], p.positions) + offsets[i] for i, p in given]),
         t=torch.from_numpy(np.repeat(np.array([rows[i].t for i, _ in given], dtype=np.float32), sizes)),
         gold_logp=gold_logp,
-        target=_target([p for _, p in given], gold, gold_logp, shared_vocab_size, temperatures),
+        target=position_target([p for _, p in given], gold, gold_logp, shared_vocab_size, temperatures),
         vocab_size=shared_vocab_size,
     )
 
 
-def _target(
+def position_target(
     given: Sequence[PositionTargets],
     gold: Tensor,
     gold_logp: Tensor,
     vocab_size: int,
     temperatures: Sequence[float],
-) -> TopK | Dense:
+) -> Target:
+    """The targets of several rows, one after the other; no rows: empty sparse ones.
+
+    Args:
+        gold, gold_logp: [D] true tokens and their log-probs, of all rows.
+        temperatures: see `collate`.
+    """
     sparse = [p.target for p in given if isinstance(p.target, SparseTarget)]
     dense = [p.target for p in given if isinstance(p.target, DenseTarget)]
-    if sparse and dense:
-        raise ValueError("a batch mixes sparse and dense targets")
+    exact = [p.target for p in given if isinstance(p.target, ExactTarget)]
+    if len(given) not in (len(sparse), len(dense), len(exact)):
+        raise ValueError("a batch mixes targets of several codecs")
+    if exact:
+        return Exact(_float([x.hidden for x in exact]))
     if dense:
         return Dense(_float([x.logp for x in dense]))
     counts = _flat([x.counts for x in sparse], np.int64)
@@ -158,6 +187,7 @@ def _target(
     ids[keep] = flat_ids
     logp = np.zeros(keep.shape, dtype=np.float32)
     logp[keep] = _flat([x.logp for x in sparse], np.float32)
+    sketches = [x.sketch for x in sparse if x.sketch is not None]
     tails = _flat([x.tails.ravel() for x in sparse], np.float32).reshape(-1, max(1, len(temperatures)))
     return TopK(
         ids=torch.from_numpy(ids),
@@ -167,6 +197,7 @@ def _target(
         gold=gold,
         gold_logp=gold_logp,
         vocab_size=vocab_size,
+        sketch=torch.from_numpy(_flat(sketches, np.int8)) if sketches else None,
     )
 
 
@@ -183,9 +214,9 @@ def _gold_chunks(positions: PositionBatch) -> ChunkBatch:
 
 
 def _chunks(rows: Sequence[Row], asked: Sequence[np.ndarray], offsets: np.ndarray) -> ChunkBatch | None:
-    """Active chunks of all rows; None where the rows carry none. No rows: no chunks."""
+    """Active chunks of all rows; None where the rows carry none. No rows, or fresh ones alone: no chunks."""
     given = [(i, row.chunks) for i, row in enumerate(rows) if row.chunks is not None]
-    if rows and not given:
+    if not given and any(row.view != FRESH for row in rows):
         return None
     tokens: list[np.ndarray] = []
     lengths: list[np.ndarray] = []

@@ -30,6 +30,8 @@ class RunState:
     """Position of the row stream after the step's global batch."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums of logged values since the last logged step: a resumed run logs the same lines."""
+    best: dict[str, float] = field(default_factory=dict)
+    """`step` and `bits_per_byte` of the best evaluation so far."""
     run: dict[str, Any] = field(default_factory=dict)
     """What the run is: dataset identity, objective, configuration; see `run_identity`."""
 

@@ -1,4 +1,4 @@
-"""Run a network over packed rows and read hidden states where they are asked for."""
+"""Run a network over packed rows; read hidden states where they are asked for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from torch import Tensor
 
 from student.attention import Coordinates, attention_mask
 from student.layout import Attention
+from student.run_attention import RunMask
+
+
+def mask_argument(attention: Attention, at: Coordinates, model: Any) -> dict[str, Any]:
+    """The attention of a packed batch, as the keyword argument that the forward of `model` takes it by.
+
+    The library takes masks that are tensors; what else an attention function needs, it hands on by name.
+    """
+    mask = attention_mask(attention, at, model)
+    return {"run_mask" if isinstance(mask, RunMask) else "attention_mask": mask}
 
 
 def hidden_at(
@@ -17,8 +27,6 @@ def hidden_at(
 
     Any decoder-only transformers model serves; the head (`model.get_output_embeddings()`) is not run.
     """
-    mask = attention_mask(attention, at, model)
-    out = model.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
-    )
+    how = mask_argument(attention, at, model)
+    out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **how)
     return out.last_hidden_state.flatten(0, 1)[read]

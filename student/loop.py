@@ -9,26 +9,34 @@ import functools
 import json
 import logging
 import math
+import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from shards.errors import TideError
-from student.attention import attention_mask
+from shards.row import Row
+from student.adapters import plain, save_merged
 from student.batch import collate
 from student.checkpoint import RunState, prune, save_state
 from student.config import TrainConfig, training_arguments
+from student.forward import mask_argument
+from student.fresh import FreshNoise
+from student.fused import FusedLoss
 from student.loader import BatchStream, RowSource
 from student.model import without_progress_bar
 from student.objective import REGISTRY, Objective
-from student.tensors import Batch, to_device
+from student.tensors import Basis, Batch, TeacherHead, to_device, with_table
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,8 @@ Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is going on)."""
 
 METRICS = "metrics.jsonl"
+ADAPTER, BEST = "adapter", "best"
+"""Folders inside a run's: the trained adapter, the student of the best evaluation."""
 FLEX_TILE = 128
 """FlexAttention's masks come in tiles of this many tokens; whole tiles mean fewer shapes to compile."""
 
@@ -60,6 +70,10 @@ class TideTrainer(Trainer):
         mask_token_id: int,
         shared_vocab_size: int | None = None,
         temperatures: tuple[float, ...] = (),
+        table: Basis | TeacherHead | None = None,
+        student_path: str | Path = "",
+        held_out: Callable[[Any], float] | None = None,
+        check: Callable[[Row], None] | None = None,
         run: dict[str, Any] | None = None,
         start: RunState | None = None,
         progress: Progress | None = None,
@@ -68,6 +82,10 @@ class TideTrainer(Trainer):
         """
         Args:
             source: endless row stream, opened at a state.
+            table: what the dataset's targets need besides their rows (`student.tables`).
+            student_path: what `model` was loaded from; an adapter is merged into it.
+            held_out: bits per byte of a network on held-out samples; needed by `eval_every`.
+            check: see `student.loader.BatchStream`.
             run: what the run is, kept in every checkpoint (`student.checkpoint.run_identity`).
             start: the checkpoint state to go on from; `train` then needs the same checkpoint's folder.
             should_stop: asked after every step; True saves a checkpoint and ends training.
@@ -79,10 +97,21 @@ class TideTrainer(Trainer):
         use_cache = model.config.use_cache
         super().__init__(model=model, args=args, processing_class=tokenizer, train_dataset=None)
         model.config.use_cache = use_cache  # the library turns it off in the saved config too
+        if config.gradient_checkpointing:
+            with warnings.catch_warnings():  # the name is on its way out, its successor is not everywhere yet
+                warnings.simplefilter("ignore", FutureWarning)
+                plain(model).gradient_checkpointing_enable({"use_reentrant": False})
+            # A layer that runs twice gains nothing from bfloat16 copies of all weights kept through the step.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
         self.add_callback(_EachStep(self))
         self.objective, self.config, self.out = objective, config, out
+        self.loss_head = FusedLoss(objective)
+        self.table = table
+        self.block_size, self.student_path, self.held_out = block_size, student_path, held_out
         self.run = run or {}
+        self.best: dict[str, float] = dict(start.best) if start else {}
+        self.rows: tuple[str, ...] = ()
         self.progress, self.should_stop = progress, should_stop
         self.window: Counter[str] = Counter(start.window if start else {})
         self.losses: list[tuple[str, Tensor]] = []
@@ -94,7 +123,7 @@ class TideTrainer(Trainer):
         self.clock = self.began = time.perf_counter()
         flex = model.config._attn_implementation == "flex_attention"
         self.batches = BatchStream(
-            source,
+            FreshNoise(source, config.fresh_noise, config.seed) if config.fresh_noise else source,
             functools.partial(
                 collate,
                 block_size=block_size,
@@ -110,22 +139,33 @@ class TideTrainer(Trainer):
             world=args.world_size,
             accumulation=config.accumulation,
             max_positions=model.config.max_position_embeddings,
+            check=check,
             start=start.stream if start else None,
         )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.config.eight_bit_embedding and "bnb" in self.config.optimizer:
+            optimizer.mng.initialize()  # forgets what the library has just registered: 32 bits for embeddings
+        return optimizer
 
     # data
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        return self.batches.loader()
+        return self.batches.loader(self.config.workers)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], int]:
         """The micro-batches of a step; a count tells the library that the loss is normalised already."""
+        if self.first_step and self.state.global_step == self.first_step:
+            # Dropout goes on where it was; the library restores generators only where it skips data itself.
+            self._load_rng_state(str(self.saved))
         parts = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
         if len(parts) < num_batches:
             raise ValueError("the row stream ended; it must be endless")
         counts = parts[0].counts
+        self.rows = tuple(row for part in parts for row in part.rows)
         self.stream = parts[-1].state
         self.tokens += counts.tokens
         self.window.update(
@@ -134,7 +174,11 @@ class TideTrainer(Trainer):
         return parts, counts.masked
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        return to_device(inputs, self.args.device)
+        batch: Batch = to_device(inputs, self.args.device)
+        at = batch.positions
+        if at is None or self.table is None:
+            return batch
+        return replace(batch, positions=replace(at, target=with_table(at.target, self.table)))
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the library's estimate knows no packed batches; tokens are counted instead
@@ -150,30 +194,42 @@ class TideTrainer(Trainer):
             TideError: the loss is not finite (names step, terms and rows).
         """
         batch: Batch = inputs
-        mask = attention_mask("staircase", batch.at, self.model)
-        out = model(
+        loss = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=mask,
             read=batch.read,
+            loss_head=self.loss_head.about(batch, self.state.global_step / self.config.steps),
             use_cache=False,
+            **mask_argument("staircase", batch.at, self.model),
         )
-        loss = self.objective(out.logits, batch, self.state.global_step / self.config.steps)
         if not torch.isfinite(loss.total):
             self._refuse(batch, loss.terms)
         self.losses.append(("loss", loss.total.detach()))
         self.losses.extend(loss.terms.items())
         total = loss.total * self.accelerator.num_processes
-        return (total, out) if return_outputs else total
+        return (total, loss) if return_outputs else total
 
     def _refuse(self, batch: Batch, terms: dict[str, Tensor]) -> None:
         shown = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
-        rows = ", ".join(batch.rows[:8]) + (f" and {len(batch.rows) - 8} more" if len(batch.rows) > 8 else "")
+        raise self._not_finite(f"the loss is not finite ({shown})", batch.rows)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm before clipping, with which the library calls the step's last check.
+
+        Raises:
+            TideError: it is not finite (names step and rows).
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._not_finite(f"the gradient norm is {float(norm):g}", self.rows)
+        return norm
+
+    def _not_finite(self, what: str, rows: tuple[str, ...]) -> TideError:
+        named = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         kept = f"the last checkpoint is {self.saved}" if self.saved else "no checkpoint was saved yet"
-        raise TideError(
-            f"step {self.state.global_step + 1}: the loss is not finite ({shown}) on rows {rows}; stopped "
-            f"before the optimiser step, {kept}; lower the learning rate, or look at these rows "
-            "(sample id/view) in the dataset"
+        return TideError(
+            f"step {self.state.global_step + 1}: {what} on rows {named}; stopped before the optimiser step, "
+            f"{kept}; lower the learning rate, or look at these rows (sample id/view) in the dataset"
         )
 
     # records
@@ -210,10 +266,58 @@ class TideTrainer(Trainer):
         record["tokens_per_s"] = counted["tokens"] / max(now - self.clock, 1e-9)
         self.window, self.clock, self.last = Counter(), now, record
         super().log(dict(record), start_time)
+        self._write({"step": step, **record})
+        if self.is_world_process_zero():
+            logger.info(self._line(step, record))
+
+    def _write(self, record: dict[str, float]) -> None:
         if self.is_world_process_zero():
             with (self.out / METRICS).open("a") as f:
-                f.write(json.dumps({"step": step, **record}) + "\n")
-            logger.info(self._line(step, record))
+                f.write(json.dumps(record) + "\n")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out bits per byte now, on every rank; written before the step's checkpoint, so that a resumed
+        run writes the same lines. The student is kept if it is the best so far and that is wanted."""
+        assert self.held_out is not None  # the trainer asks for no evaluation without one
+        began = time.perf_counter()
+        network = plain(self.accelerator.unwrap_model(self.model))
+        with self.accelerator.autocast():
+            value = self.held_out(network)
+        step = self.state.global_step
+        if not self.best or value < self.best["bits_per_byte"]:
+            self.best = {"step": step, "bits_per_byte": value}
+            if self.config.keep_best:
+                self._keep_best()
+        super().log({"eval_bits_per_byte": value})  # to `report_to`
+        self._write({"step": step, "heldout_bits_per_byte": value})
+        logger.info(
+            "step %d/%d  held-out %.4f bits per byte  best %.4f at step %d",
+            *(step, self.config.steps, value, self.best["bits_per_byte"], int(self.best["step"])),
+        )
+        spent = time.perf_counter() - began
+        self.clock, self.began = self.clock + spent, self.began + spent
+        metrics = {"eval_bits_per_byte": value}
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _keep_best(self) -> None:
+        """Replace `best`; a kill leaves the old one or the new one, or is put right by the resumed run."""
+        part = self.out / f"{BEST}.part"
+        self.save_student(part)
+        if self.args.should_save:
+            shutil.rmtree(self.out / BEST, ignore_errors=True)
+            part.rename(self.out / BEST)
+
+    def save_student(self, folder: Path) -> None:
+        """Write the student as a plain model folder, a trained adapter in `adapter` inside it. For all ranks
+        to call."""
+        adapter = self.config.adapter is not None
+        weights = folder / ADAPTER if adapter else folder
+        self.save_model(str(weights))
+        if self.args.should_save:
+            (weights / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to anyone
+            if adapter:
+                save_merged(self.student_path, weights, folder, block_size=self.block_size)
 
     def _line(self, step: int, record: dict[str, float]) -> str:
         done = max(1, step - self.first_step)
@@ -238,7 +342,10 @@ class TideTrainer(Trainer):
             step = self.state.global_step
             folder = self.out / f"checkpoint-{step}"
             save_state(
-                folder, RunState(step=step, stream=self.stream, window=dict(self.window), run=self.run)
+                folder,
+                RunState(
+                    step=step, stream=self.stream, window=dict(self.window), best=self.best, run=self.run
+                ),
             )
             prune(self.out, self.config.keep)
             self.saved = folder
@@ -255,8 +362,11 @@ class _EachStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if state.global_step >= trainer.config.steps:
+        last, every = state.global_step >= trainer.config.steps, trainer.config.eval_every
+        if last:
             control.should_log = True
+        if every is not None and (last or state.global_step % every == 0):
+            control.should_evaluate = True
         if self._stop_asked():
             control.should_save = control.should_training_stop = True
         if trainer.progress is not None:

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from shards.errors import ModelError
 from student.modeling_a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel, A2DQwen3Model
+from student.run_attention import RUNS
 from student.tokenizer import load_tokenizer
 
 ACCEPTED = ("a2d-qwen3", "qwen3")
@@ -32,7 +33,11 @@ AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True
 
 
 def load_student(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    quantization: Any = None,
 ) -> tuple[A2DQwen3LMHeadModel, Any]:
     """A student and its tokenizer from a transformers folder or hub id.
 
@@ -42,7 +47,9 @@ def load_student(
 
     Args:
         dtype: of the weights; training keeps float32 and computes in bfloat16 by autocast.
-        attention: transformers' attention implementation; None = `flex_attention` on CUDA, else `sdpa`.
+        attention: transformers' attention implementation; None = `flex_attention` on CUDA, else
+            `student.run_attention`.
+        quantization: transformers' quantisation settings for weights that are not trained (QLoRA).
 
     Raises:
         ModelError: no such folder, an unknown family (names `model_type` and what is accepted), missing
@@ -50,13 +57,18 @@ def load_student(
             no usable tokenizer.
     """
     if attention is None:
-        attention = "flex_attention" if torch.cuda.is_available() else "sdpa"
-    config = _config(path)
+        attention = "flex_attention" if torch.cuda.is_available() else RUNS
+    config = read_config(path)
     tokenizer = load_tokenizer(path)
     try:
         with without_progress_bar():
             model, info = A2DQwen3LMHeadModel.from_pretrained(
-                str(path), config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+                str(path),
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                quantization_config=quantization,
+                output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError) as e:
         reason = (str(e) or type(e).__name__).strip().splitlines()[0]
@@ -84,7 +96,8 @@ def without_progress_bar() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _config(path: str | Path) -> A2DQwen3Config:
+def read_config(path: str | Path) -> A2DQwen3Config:
+    """A student's configuration, without its weights. Raises: ModelError, as `load_student`."""
     folder = Path(path).expanduser()
     looks_local = folder.exists() or Path(path).is_absolute() or str(path).count("/") != 1
     if looks_local and not (folder / "config.json").is_file():

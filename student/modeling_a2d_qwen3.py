@@ -6,9 +6,10 @@ without tide load a student with `trust_remote_code=True`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -42,14 +43,25 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
         self.loss_type = "ForMaskedLM"  # `labels`, where a caller passes them, are not shifted
         self.post_init()
 
-    def forward(self, input_ids: Tensor | None = None, *, read: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        read: Tensor | None = None,
+        loss_head: Callable[[Tensor, nn.Module], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As Qwen3ForCausalLM's; with `read`, logits are made at those tokens alone.
 
         Args:
             read: [N] int64 into the flattened [R * P] tokens; `logits` is then [N, V]. Going through
                 `forward` keeps wrappers (DDP, FSDP, autocast) in the loop.
+            loss_head: called with the hidden states [N, H] at `read` and the head, which then makes no logits
+                here; what it returns is returned.
         """
         if read is None:
             return super().forward(input_ids=input_ids, **kwargs)
-        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden.flatten(0, 1)[read]))
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state.flatten(0, 1)[read]
+        if loss_head is not None:
+            return loss_head(hidden, self.lm_head)
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))

@@ -1,5 +1,9 @@
 """What is minimised: CE plus any weighted sum of distillation terms, from logits and a batch to one scalar.
 
+Losses see the logits through a `Readout` alone, a few numbers per position. Calling an `Objective` with
+whole logits is the plain form, its specification; `student.fused` makes the same readouts a chunk of rows at
+a time.
+
 Strings appear in `parse_objective` alone; behind it an `Objective` is a value of types. Every term is a local
 sum divided by its own count over the *global* batch, so the sum over micro-batches and ranks is the loss of
 the whole.
@@ -8,11 +12,10 @@ the whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from shards.errors import UsageError
@@ -96,6 +99,18 @@ class Term:
             raise UsageError(f"the weight of {self.name} must be positive and finite, got {self.weight}")
 
 
+class Readout(NamedTuple):
+    """All that the losses need of the logits of a batch's N masked positions. Float32 or wider."""
+
+    logp: Tensor
+    """[N] log-prob of the true token."""
+    shared_logp: Tensor | None
+    """[N] the same over the first `ChunkBatch.vocab_size` tokens, where those are not all. Gold ids beyond
+    feed no chunk; they have any value here."""
+    positions: Mapping[str, Tensor]
+    """Position term -> [D] its loss at the distilled positions; empty where the batch has none."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """CE and distillation terms with all their settings. A pure function of (logits, batch, progress)."""
@@ -169,16 +184,39 @@ class Objective:
             ValueError: masked positions without the targets a term needs (`check_dataset` refuses
                 such datasets).
         """
-        progress = min(max(progress, 0.0), 1.0)
-        logp = gold_log_probs(logits, batch.gold)
-        values = {"ce": self._ce(logp, batch, self.ce_weighting)}
+        logp, shared_logp, at = gold_log_probs(logits, batch.gold), None, batch.positions
+        if (cut := self.chunk_vocab(batch)) is not None and cut < logits.shape[-1]:
+            shared_logp = gold_log_probs(logits[:, :cut], batch.gold.clamp_max(cut - 1))
+        positions: dict[str, Tensor] = {}
+        if "positions" in self.requirements() and at is not None and len(at.index):
+            both = classes(logits[at.index, : at.vocab_size], at.target, self.temperature)
+            positions = self.position_losses(both, at.t, progress)
+        return self.of(Readout(logp, shared_logp, positions), batch, progress)
+
+    def chunk_vocab(self, batch: Batch) -> int | None:
+        """Tokens that the student's chunk log-probs are normalised over, where not all of them."""
+        wanted = "chunks" in self.requirements() and batch.chunks is not None and len(batch.chunks.logp)
+        return batch.chunks.vocab_size if wanted and batch.chunks is not None else None
+
+    def position_losses(self, both: Classes, t: Tensor, progress: float) -> dict[str, Tensor]:
+        """[D] loss of every position term, from the classes of D positions and their timesteps [D]."""
+        lambda_t = self.schedule.at(_clamped(progress), t)
+        return {
+            term.name: loss.value(both, self.temperature, lambda_t)
+            for term in self.terms
+            if isinstance(loss := REGISTRY[term.name], PositionLoss)
+        }
+
+    def of(self, readout: Readout, batch: Batch, progress: float) -> LossOut:
+        """The loss as a function of the readout; `__call__` says the rest."""
+        values = {"ce": self._ce(readout.logp, batch, self.ce_weighting)}
         needs = self.requirements()
         if "positions" in needs:
-            values |= self._positions(logits, batch, progress)
+            values |= self._positions(readout, batch)
         if "chunks" in needs:
-            values |= self._chunks(logits, logp, batch, progress)
+            values |= self._chunks(readout, batch, _clamped(progress))
         if any(isinstance(REGISTRY[term.name], UniformCE) for term in self.terms):
-            values["ce-uniform"] = self._ce(logp, batch, "uniform")
+            values["ce-uniform"] = self._ce(readout.logp, batch, "uniform")
         total = self.ce_weight * values["ce"]
         for term in self.terms:
             total = total + term.weight * values[term.name]
@@ -196,30 +234,26 @@ class Objective:
             share = share * timestep_weight(batch.t, self.ce_schedule)[batch.view]
         return -(share * logp).sum()
 
-    def _positions(self, logits: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def _positions(self, readout: Readout, batch: Batch) -> dict[str, Tensor]:
         losses = {t.name: loss for t in self.terms if isinstance(loss := REGISTRY[t.name], PositionLoss)}
         at, count = batch.positions, batch.counts.distilled
         if at is None and len(batch.gold):
             raise ValueError("the objective needs distilled positions, the batch carries none")
         if at is None or not len(at.index):
-            return {name: logits.new_zeros((), dtype=torch.float32) for name in losses}
-        both = classes(logits[at.index, : at.vocab_size], at.target, self.temperature)
-        lambda_t = self.schedule.at(progress, at.t)
+            return {name: readout.logp.new_zeros(()) for name in losses}
         return {
-            name: mean_over(count, loss.value(both, self.temperature, lambda_t), self._weight(loss, at.t))
+            name: mean_over(count, readout.positions[name], self._weight(loss, at.t))
             for name, loss in losses.items()
         }
 
-    def _chunks(self, logits: Tensor, logp: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def _chunks(self, readout: Readout, batch: Batch, progress: float) -> dict[str, Tensor]:
         losses = {t.name: loss for t in self.terms if isinstance(loss := REGISTRY[t.name], ChunkLoss)}
         at, count, T = batch.chunks, batch.counts.chunks, self.chunk_temperature
         if at is None and len(batch.gold):
             raise ValueError("the objective needs chunks, the batch carries none")
         if at is None or not len(at.logp):
-            return {name: logits.new_zeros((), dtype=torch.float32) for name in (*losses, ABOVE_HALF)}
-        if at.vocab_size is not None and at.vocab_size < logits.shape[-1]:
-            # Gold ids beyond the shared vocabulary feed no chunk; they only need a column to read.
-            logp = gold_log_probs(logits[:, : at.vocab_size], batch.gold.clamp_max(at.vocab_size - 1))
+            return {name: readout.logp.new_zeros(()) for name in (*losses, ABOVE_HALF)}
+        logp = readout.logp if readout.shared_logp is None else readout.shared_logp
         student = chunks.chunk_log_probs(logp[at.token], at.chunk, len(at.logp))
         lambda_t = self.schedule.at(progress, at.t)
         values = {
@@ -228,11 +262,16 @@ class Objective:
             )
             for name, loss in losses.items()
         }
-        return values | {ABOVE_HALF: mean_over(count, (at.logp / T > -math.log(2)).float())}
+        above_half = (at.logp / T > -math.log(2)).to(at.logp.dtype)
+        return values | {ABOVE_HALF: mean_over(count, above_half)}
 
     def _weight(self, loss: PositionLoss | ChunkLoss, t: Tensor) -> Tensor | None:
         mid_range = loss.interpolated and self.timestep_weighting == "mid-range"
         return divergence.mid_range_weight(t) if mid_range else None
+
+
+def _clamped(progress: float) -> float:
+    return min(max(progress, 0.0), 1.0)
 
 
 def mean_over(count: int, values: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -275,7 +314,7 @@ def check_dataset(objective: Objective, kind: str, temperatures: tuple[float, ..
 
     Args:
         kind: the manifest's, `shared` or `cross`; any other (noise alone) feeds CE only.
-        temperatures: those the dataset's tails are stored at; None = dense targets, which serve any.
+        temperatures: those the dataset's tails are stored at; None = dense or exact targets, which serve any.
 
     Raises:
         UsageError: a term needs targets or a temperature that the dataset does not have.

@@ -1,8 +1,9 @@
 """Train a student on a logit dataset: what `tide train` does, from checks to the finished model folder.
 
 The run's folder holds the student (`config.json`, `model.safetensors`, tokenizer), `train_config.json`,
-`metrics.jsonl` and `checkpoint-N/`. An interrupted run resumes at its newest complete checkpoint and ends, on
-the same machine, with the weights and records it would have had without the interruption.
+`metrics.jsonl` and `checkpoint-N/`; `best/` where the best evaluation is kept, and `adapter/` where LoRA was
+trained: the student beside it has it merged in. An interrupted run resumes at its newest complete checkpoint
+and ends, on the same machine, with the weights and records it would have had without the interruption.
 """
 
 from __future__ import annotations
@@ -10,23 +11,29 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from shards.codec import SparseCodec
 from shards.errors import ConfigMismatch, TideError, UsageError
-from shards.reader import LogitDataset, StreamState
+from shards.reader import LogitDataset
+from student.adapters import load_for_training, save_merged
 from student.checkpoint import RunState, check_same_run, checkpoints, load_state, run_identity
-from student.config import TrainConfig
-from student.loop import METRICS, Progress, TideTrainer
+from student.config import TrainConfig, check_libraries
+from student.fresh import share_for
+from student.heldout import HeldOut
+from student.loader import DatasetRows, global_batches
+from student.loop import ADAPTER, METRICS, Progress, TideTrainer
 from student.model import load_student, without_progress_bar
 from student.objective import Objective, check_dataset
+from student.tables import dataset_table
 from student.tokenizer import tokenizer_hash
 
 __all__ = ["TideTrainer", "TrainConfig", "TrainSummary", "check_student", "train"]
@@ -34,6 +41,8 @@ __all__ = ["TideTrainer", "TrainConfig", "TrainSummary", "check_student", "train
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "train_config.json"
+SAMPLED = 4096
+"""Rows that the number of batches in an epoch is judged from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +87,13 @@ def train(
 
     Raises:
         ConfigMismatch: dataset, student and checkpoint do not belong together.
-        UsageError: the dataset cannot feed the objective, or `out` holds a run and `resume` is False.
+        UsageError: the dataset cannot feed the objective, a library or GPU that a setting needs is missing,
+            or `out` holds a run and `resume` is False.
         ModelError: the student cannot be loaded.
-        TideError: the loss is not finite; nothing of that step is kept.
+        TideError: the loss or the gradient is not finite; nothing of that step is kept.
     """
     out = Path(out).expanduser()
+    check_libraries(config)
     config = config.resolved()
     found = checkpoints(out)
     if found and not resume:
@@ -92,19 +103,27 @@ def train(
     dataset = LogitDataset(dataset_path)
     temperatures = _temperatures(dataset)
     check_dataset(objective, dataset.manifest.kind, temperatures)
+    fresh = config.fresh_noise
+    repeated = fresh is None and config.steps > steps_of(
+        dataset, dataset.manifest.noise.views, config.batch_tokens
+    )
+    config = replace(config, fresh_noise=share_for(objective, fresh, repeated=repeated))
+    held_out = None
+    if config.eval_every is not None:
+        check_evaluations(config)
+        held_out = HeldOut(dataset, config.eval_samples)
     name = f"{dataset.manifest.identity[:12]} of {dataset.count('train')} training samples"
     run = run_identity(name, objective, config)
     start, folder = None, found[-1][1] if found else None
     if folder is not None:
         start = load_state(folder)
         check_same_run(start.run, run, out)
-    model, tokenizer = load_student(student_path)
+    block_size = dataset.manifest.block_size
+    model, tokenizer = load_for_training(student_path, config.adapter, config.seed)
     check_student(dataset.manifest, model, tokenizer, student_path)
     if start is not None and folder is not None and start.step >= config.steps:
-        return _finish_again(out, folder, config)
-
-    def source(at: Mapping[str, Any] | None) -> Any:
-        return dataset.stream(config.seed, None if at is None else StreamState(**at))
+        return _finish_again(out, folder, config, student_path, block_size)
+    model.config.block_size = block_size
 
     with StopOnSignal() as stop:
         trainer = TideTrainer(
@@ -112,12 +131,16 @@ def train(
             tokenizer,
             objective,
             config,
-            source,
+            DatasetRows(dataset, config.seed),
             out,
-            block_size=dataset.manifest.block_size,
+            block_size=block_size,
             mask_token_id=dataset.manifest.student.mask_token_id,
             shared_vocab_size=dataset.manifest.shared_vocab_size,
             temperatures=temperatures or (),
+            table=dataset_table(dataset) if "positions" in objective.requirements() else None,
+            student_path=student_path,
+            held_out=held_out,
+            check=dataset.check,
             run=run,
             start=start,
             progress=progress,
@@ -132,8 +155,7 @@ def train(
             raise TideError(f"stopped at once; {_how_to_go_on(out)}") from None
         step = trainer.state.global_step
         if step >= config.steps:
-            trainer.save_model(str(out))
-            (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to anyone
+            trainer.save_student(out)
         else:
             logger.warning("stopped at step %d of %d; %s", step, config.steps, _how_to_go_on(out))
     kept = checkpoints(out)
@@ -148,11 +170,28 @@ def train(
     )
 
 
+def steps_of(dataset: LogitDataset, epochs: float, batch_tokens: int, seed: int = 0) -> int:
+    """Optimiser steps that go over the training samples `epochs` times, from how the first rows are cut into
+    batches; exact where the dataset has no more than `SAMPLED` and views are equally long.
+
+    Raises:
+        UsageError: `epochs` is not positive. ShardError: see `LogitDataset.stream`.
+    """
+    if not epochs > 0:
+        raise UsageError(f"epochs must be positive, got {epochs}")
+    samples = dataset.count("train")
+    rows = islice(dataset.stream(seed), min(samples, SAMPLED))
+    cut = global_batches(rows, batch_tokens=batch_tokens, block_size=dataset.manifest.block_size)
+    sizes = [len(batch) for batch, _ in cut]
+    return max(1, math.ceil(epochs * samples * len(sizes) / sum(sizes)))
+
+
 def check_student(manifest: Any, model: Any, tokenizer: Any, path: str | Path) -> None:
     """Refuse a student that does not fit the dataset.
 
     Raises:
-        ConfigMismatch: another tokenizer, fewer ids, or fewer positions than the dataset's samples need.
+        ConfigMismatch: another tokenizer, fewer ids, other blocks, or fewer positions than the dataset's
+            samples need.
     """
     student = manifest.student
     hashed = tokenizer_hash(tokenizer)
@@ -166,6 +205,13 @@ def check_student(manifest: Any, model: Any, tokenizer: Any, path: str | Path) -
         raise ConfigMismatch(
             f"{path}: the student has {size} ids, the dataset stores ids below {student.vocab_size}; use the "
             "student the dataset was made for"
+        )
+    trained = getattr(model.config, "block_size", None)
+    if trained is not None and trained != manifest.block_size:
+        raise ConfigMismatch(
+            f"{path}: the student was trained with blocks of {trained} (block_size in its config.json), the "
+            f"dataset has blocks of {manifest.block_size}; precompute with --block-size {trained}, or remove "
+            "block_size there to change over"
         )
     blocks = -(-student.max_length // manifest.block_size)
     longest, room = blocks * manifest.block_size, model.config.max_position_embeddings
@@ -205,15 +251,34 @@ class StopOnSignal:
         self._restore()
 
 
-def _finish_again(out: Path, folder: Path, config: TrainConfig) -> TrainSummary:
+def check_evaluations(config: TrainConfig) -> None:
+    """
+    Raises:
+        UsageError: weights are sharded over GPUs, and an evaluation runs the network whole.
+    """
+    for name in ("fsdp", "deepspeed"):
+        if config.trainer_args.get(name):
+            raise UsageError(f"eval_every does not go with {name}: leave it out and run tide eval afterwards")
+
+
+def _finish_again(
+    out: Path, folder: Path, config: TrainConfig, student_path: str | Path, block_size: int
+) -> TrainSummary:
     """A run whose last step is saved already: only the model folder may be missing or cut short."""
-    model, tokenizer = load_student(folder)
-    with without_progress_bar():
-        model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if config.adapter is None:
+        model, tokenizer = load_student(folder)
+        with without_progress_bar():
+            model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    else:
+        (out / ADAPTER).mkdir(exist_ok=True)
+        for file in folder.glob("adapter_*"):
+            shutil.copy2(file, out / ADAPTER / file.name)
+        save_merged(student_path, folder, out, block_size=block_size)
     logger.info("%s: already trained for %d steps", out, config.steps)
     lines = (out / METRICS).read_text().splitlines() if (out / METRICS).is_file() else []
-    last = json.loads(lines[-1]) if lines and math.isfinite(_step_of(lines[-1])) else {}
+    logged = [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+    last: dict[str, float] = next((record for record in reversed(logged) if "loss" in record), {})
     return TrainSummary(
         out=out,
         step=config.steps,

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from student.attention import Coordinates
+from student.fused import fused_loss
 from student.losses import chunks, divergence
 from student.losses.ce import gold_log_probs, timestep_weight
 from student.losses.sparse import classes
-from student.objective import Objective, mean_over
+from student.objective import Objective, mean_over, parse_objective
 from student.schedule import LambdaSchedule
-from student.tensors import Batch, Counts, Dense
+from student.tensors import Batch, ChunkBatch, Counts, Dense, PositionBatch
 
 GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parent / "golden"))  # as conftest's, at collection
 
@@ -71,6 +72,81 @@ def t_weight(config: dict, t: Tensor) -> Tensor | None:
 def backward(loss: Tensor, logits: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss, logits)
     return gradient
+
+
+OURS = {
+    "kl": "kl",
+    "reverse_kl": "reverse-kl",
+    "taid": "tidal",
+    "alm": "calm",
+    "reverse_alm": "reverse-calm",
+    "alm_taid": "calm-tidal",
+    "reverse_alm_taid": "reverse-calm-tidal",
+}
+
+
+def fused_gradient(objective: Objective, progress: float, batch: Batch, logits: Tensor, rows: int) -> Any:
+    """Value and gradient of the fused form at logits [N, V], which are their own hidden states under a head
+    that is the identity; `rows` rows at a time."""
+    hidden = logits.detach().clone().requires_grad_()
+    head = torch.nn.Linear(logits.shape[-1], logits.shape[-1], bias=False)
+    head.weight = torch.nn.Parameter(torch.eye(logits.shape[-1]), requires_grad=False)
+    out = fused_loss(objective, batch, progress, hidden, head, rows * 4 * logits.shape[-1])
+    return out, *torch.autograd.grad(out.total, hidden)
+
+
+def batch_of(
+    gold: Tensor, view: Tensor, t: Tensor, maskable: Tensor, counts: Counts, **targets: Any
+) -> Batch:
+    none = torch.zeros(0, dtype=torch.long)
+    at = Coordinates(none, none, none, none)
+    return Batch(none, none, at, none, gold, view, t, maskable, counts, **targets)
+
+
+def distilling(entry: dict, **settings: Any) -> tuple[Objective, float] | None:
+    """The entry's loss alone, without CE, and the training progress it is taken at. None where the reference
+    went past the last step to a lambda above 1, which an objective never does."""
+    config = entry["config"]
+    schedule, progress = schedule_of(config) if "taid" in entry["mode"] else (LambdaSchedule(), 0.0)
+    if progress > 1 and schedule.axes != "timestep_only":
+        there = schedule.train(progress)
+        if there > 1:
+            return None
+        schedule = LambdaSchedule(initial=there, maximum=there, axes=schedule.axes)
+    settings |= {
+        "schedule": schedule,
+        "timestep_weighting": "mid-range" if config.get("timestep_weight") == "midrange" else "uniform",
+    }
+    return parse_objective(OURS[entry["mode"]], ce_weight=0.0, **settings), progress
+
+
+@pytest.mark.parametrize("rows", [3, 10_000])
+@pytest.mark.parametrize("case", cases("logit"))
+def test_fused_position_losses(case: str, rows: int, parity: Any) -> None:
+    """As `test_position_losses`, through the objective and the fused head; entries with weights per position,
+    which no batch carries, are left to the plain form."""
+    manifest, x = load(case)
+    masked = x["masked_mask"].bool()
+    t = x["t"][:, None].expand(masked.shape)[masked]
+    n = int(masked.sum())
+    view = masked.nonzero()[:, 0]
+    compared = 0
+    for entry in manifest["entries"]:
+        config = entry["config"]
+        aim = distilling(entry, temperature=config["temperature"])
+        if config.get("entropy_weights") or aim is None:
+            continue
+        compared += 1
+        cut = config["shared_vocab_size"] or x["teacher_logits"].shape[-1]
+        target = Dense(x["teacher_logits"][masked][:, :cut])
+        at = PositionBatch(torch.arange(n), t, torch.zeros(n), target, cut)
+        gold = torch.zeros(n, dtype=torch.long)
+        batch = batch_of(gold, view, x["t"], masked.sum(1), Counts(distilled=n), positions=at)
+        out, of_rows = fused_gradient(*aim, batch, x["student_logits"][masked], rows)
+        gradient = torch.zeros_like(x["student_logits"])
+        gradient[masked] = of_rows
+        check(parity["A_loss, fused"], case, entry, out.total, gradient, x[entry["grad"]])
+    assert compared
 
 
 @pytest.mark.parametrize("case", cases("logit"))
@@ -162,6 +238,34 @@ def test_chunk_losses(case: str, clamp: chunks.Clamp, parity: Any) -> None:
     assert compared >= 0.9 * len(manifest["entries"]) or "normal" not in case
 
 
+@pytest.mark.parametrize("rows", [3, 10_000])
+@pytest.mark.parametrize("case", cases("alm"))
+def test_fused_chunk_losses(case: str, rows: int, parity: Any) -> None:
+    """As `test_chunk_losses` with the reference's clamp, through the objective and the fused head; every
+    position is read, those of no active chunk too. Entries with weights per chunk are left to the plain
+    form."""
+    manifest, x = load(case)
+    active = x["chunk_mask"].bool()
+    token, chunk = spans(x, active)
+    logits = x["student_logits"].flatten(0, 1)
+    samples, length = x["student_logits"].shape[:2]
+    view = torch.arange(samples).repeat_interleave(length)
+    at = ChunkBatch(token, chunk, x["teacher_chunk_lp"][active], x["t"][:, None].expand(active.shape)[active])
+    counts = Counts(chunks=len(at.logp))
+    gold = x["student_input_ids"].flatten()
+    batch = batch_of(gold, view, x["t"], torch.full((samples,), length), counts, chunks=at)
+    compared = 0
+    for entry in manifest["entries"]:
+        aim = distilling(entry, chunk_temperature=entry["config"]["temperature"], clamp="reference")
+        if entry["config"].get("chunk_weights") or aim is None:
+            continue
+        compared += 1
+        out, of_rows = fused_gradient(*aim, batch, logits, rows)
+        gradient = of_rows.reshape(x["student_logits"].shape)
+        check(parity["A_loss, fused"], case, entry, out.total, gradient, x[entry["grad"]])
+    assert compared
+
+
 @pytest.mark.parametrize("case", [c for c in cases("alm") if "saturated" in c or "boundary" in c])
 def test_no_gradient_is_dead(case: str) -> None:
     """Chunks to which the reference recorded a gradient of exactly 0, because p is clamped: in log space
@@ -207,20 +311,10 @@ def test_cross_entropy(case: str, parity: Any) -> None:
         torch.testing.assert_close(
             timestep_weight(x["t"], schedule), x[f"weight.{schedule}"], rtol=1e-6, atol=0
         )
-    none = torch.zeros(0, dtype=torch.long)
+    counts = Counts(views=len(maskable), maskable=int(maskable.sum()))
     for entry in manifest["entries"]:
         masked = x[entry["masked_mask"]].bool()
-        batch = Batch(
-            input_ids=none,
-            position_ids=none,
-            at=Coordinates(none, none, none, none),
-            read=none,
-            gold=x["input_ids"][masked],
-            view=masked.nonzero()[:, 0],
-            t=x["t"],
-            maskable=maskable,
-            counts=Counts(views=len(maskable), maskable=int(maskable.sum())),
-        )
+        batch = batch_of(x["input_ids"][masked], masked.nonzero()[:, 0], x["t"], maskable, counts)
         objective = Objective(
             ce_weighting=entry["loss_weight_type"],
             ce_schedule=entry["scheduler"],
@@ -229,6 +323,11 @@ def test_cross_entropy(case: str, parity: Any) -> None:
         logits = x["student_logits"].clone().requires_grad_()
         loss = objective(logits[masked], batch, 0.0).total
         check(parity["A_loss"], case, entry, loss, backward(loss, logits), x[entry["grad"]])
+        for rows in (3, 10_000):
+            out, of_rows = fused_gradient(objective, 0.0, batch, logits[masked], rows)
+            gradient = torch.zeros_like(logits)
+            gradient[masked] = of_rows
+            check(parity["A_loss, fused"], case, entry, out.total, gradient, x[entry["grad"]])
 
 
 def test_every_case_is_covered() -> None:

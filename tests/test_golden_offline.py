@@ -10,6 +10,7 @@ and `DIFFERENCES` states what the reference has, what ours has, and why.
 """
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from shards.synthetic import synthetic_config
 from shards.writer import DatasetWriter
 from student.attention import attention_mask
 from student.batch import collate
+from student.fused import FusedLoss
 from student.losses.chunks import Clamp
 from student.objective import Objective, parse_objective
 from student.schedule import LambdaSchedule
@@ -138,17 +140,32 @@ def student_step(trace: Any, student: Any, rows: list[Row]) -> tuple[Tensor, Bat
         row_tokens=48,
         shared_vocab_size=None if trace.cross else trace.meta["config"]["shared_vocab_size"],
     )
-    logits = student(
+    return forward(student, batch).logits, batch
+
+
+def forward(student: Any, batch: Batch, **kwargs: Any) -> Any:
+    return student(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=attention_mask("staircase", batch.at, student),
         read=batch.read,
-    ).logits
-    return logits, batch
+        **kwargs,
+    )
+
+
+def progress_of(trace: Any) -> float:
+    return trace.meta["global_step"] / max(1, trace.meta["max_steps"])
 
 
 def loss_of(trace: Any, objective: Objective, logits: Tensor, batch: Batch) -> LossOut:
-    return objective(logits, batch, trace.meta["global_step"] / max(1, trace.meta["max_steps"]))
+    return objective(logits, batch, progress_of(trace))
+
+
+def fused_step(trace: Any, student: Any, objective: Objective, batch: Batch) -> LossOut:
+    few = 7 * 4 * student.config.vocab_size
+    return forward(
+        student, batch, loss_head=FusedLoss(objective, logits_bytes=few).about(batch, progress_of(trace))
+    )
 
 
 def relative(ours: float, theirs: float) -> float:
@@ -196,7 +213,8 @@ def clamps_of(trace: Any) -> tuple[Clamp, ...]:
 def test_offline_is_online(
     trace: Any, golden_teacher: Any, golden_student: Any, parity: Any, tmp_path: Path
 ) -> None:
-    """CE, every distillation loss, total and embedding gradient (the tied head's included) of every mode."""
+    """CE, every distillation loss, total and embedding gradient (the tied head's included) of every mode;
+    from whole logits, and fused with the head, seven rows at a time."""
     rows = as_the_reference(trace, golden_teacher(trace), tmp_path)
     logits, batch = student_step(trace, golden_student, rows)
     embedding = golden_student.get_input_embeddings().weight
@@ -204,19 +222,23 @@ def test_offline_is_online(
         theirs = torch.from_numpy(trace.tensors[f"grad.embed.{i}"])
         largest = float(theirs.abs().max())
         losses = {OURS[name.removesuffix("_loss")]: value for name, value in entry["components"].items()}
-        for clamp in clamps_of(trace):
-            loss = loss_of(trace, objective_of(trace, entry["mode"], clamp), logits, batch)
+        for clamp, fused in product(clamps_of(trace), (False, True)):
+            objective = objective_of(trace, entry["mode"], clamp)
+            if fused:
+                loss = fused_step(trace, golden_student, objective, batch)
+            else:
+                loss = loss_of(trace, objective, logits, batch)
             (gradient,) = torch.autograd.grad(loss.total, embedding, retain_graph=True)
             errors = {
                 "CE": relative(loss.terms["ce"].item(), entry["ce_loss"]),
                 "component": max(relative(loss.terms[n].item(), value) for n, value in losses.items()),
                 "total": relative(loss.total.item(), entry["loss"]),
             }
-            where = f"{trace.name} {entry['mode']} {clamp}: {errors}"
+            where = f"{trace.name} {entry['mode']} {clamp} {'fused' if fused else 'plain'}: {errors}"
             assert max(errors.values()) <= 1e-5, where
             torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-6 * largest)
             error = float((gradient - theirs).abs().max()) / max(largest, 1e-12)
-            parity[f"D_trace, {clamp} clamp"].note(trace.name, **errors, gradient=error)
+            parity[f"D_trace, {clamp} clamp{', fused' * fused}"].note(trace.name, **errors, gradient=error)
 
 
 def test_nothing_masked(trace: Any, golden_teacher: Any, golden_student: Any, tmp_path: Path) -> None:

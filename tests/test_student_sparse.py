@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from student.losses import divergence
-from student.losses.sparse import MIN_TAIL_SHARE, classes
-from student.tensors import Dense, TopK
+from student.losses.sparse import MIN_TAIL_SHARE, Classes, classes, filled
+from student.tensors import Basis, Dense, TopK
 
 V, D = 41, 7
 LAMBDA = torch.linspace(0.0, 1.0, D, dtype=torch.float64)
@@ -235,3 +235,95 @@ def test_refusals_name_what_is_wrong() -> None:
         classes(student, target, 3.0)
     with pytest.raises(ValueError, match=r"40 columns, the target's vocabulary 41"):
         classes(student[:, :40], target, 2.0)
+
+
+def sketched(target: TopK, teacher: Tensor, rank: int = 5, *, step: float, mix: float) -> TopK:
+    """The target with a sketch of the teacher in a random basis, orthonormal in random weights."""
+    gen = torch.Generator().manual_seed(9)
+    weight = torch.rand(V, generator=gen, dtype=torch.float64).softmax(0)
+    root = weight.sqrt()[:, None]
+    basis = torch.linalg.qr(root * torch.randn(V, rank, generator=gen, dtype=torch.float64))[0] / root
+    mean = torch.randn(V, generator=gen, dtype=torch.float64)
+    x = teacher - (teacher @ weight)[:, None] - mean
+    codes = ((x * weight) @ basis / step).round().clamp(-127, 127).to(torch.int8)
+    return dataclasses.replace(target, sketch=codes, basis=Basis(basis, mean, weight, step=step, mix=mix))
+
+
+def fill_sketched(student: Tensor, target: TopK, T: float) -> Tensor:
+    """[D, V] log weights at T, from the definition in `student.losses.sketch`, token by token."""
+    assert target.sketch is not None
+    assert target.basis is not None
+    U, m, w = (t.double() for t in target.basis.on(student))
+    d, b = target.basis.step, target.basis.mix
+    out = torch.full(student.shape, -math.inf, dtype=torch.float64)
+    for i in range(len(student)):
+        mean = sum(float(w[j] * student[i, j]) for j in range(V))
+        x = [float(student[i, j]) - mean - float(m[j]) for j in range(V)]
+        f = []
+        mine = [sum(float(w[j] * U[j, r]) * x[j] for j in range(V)) for r in range(U.shape[1])]
+        for j in range(V):
+            value = float(m[j]) + b * x[j]
+            for r, c_s in enumerate(mine):
+                c = float(target.sketch[i, r]) * d
+                value += float(U[j, r]) * (min(max(c_s, c - d / 2), c + d / 2) - b * c_s)
+            f.append(value / T)
+        kept = {int(k): float(v) for k, v, on in zip(target.ids[i], target.logp[i], target.keep[i]) if on}
+        tail, mass = [j for j in range(V) if j not in kept], math.exp(float(target.tails[T][i]))
+        for j, v in kept.items():
+            out[i, j] = v / T
+        gold, gold_logp = int(target.gold[i]), float(target.gold_logp[i])
+        if gold in tail and math.isfinite(gold_logp):
+            tail.remove(gold)
+            out[i, gold] = gold_logp / T
+            mass = max(mass - math.exp(gold_logp / T), MIN_TAIL_SHARE * mass)
+        if not tail or mass == 0:
+            continue
+        cap = max(min(kept.values()) / T, math.log(mass / len(tail)))
+        a = math.log(mass / sum(math.exp(f[j]) for j in tail))
+        for _ in range(2):
+            a += math.log(mass / sum(math.exp(min(f[j] + a, cap)) for j in tail))
+        for j in tail:
+            out[i, j] = min(f[j] + a, cap)
+    return out
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0])
+@pytest.mark.parametrize("mix", [0.0, 0.6, 1.0])
+def test_a_sketch_fills_the_tail_as_defined(T: float, mix: float) -> None:
+    """Values and gradients of every loss against the twin; ragged heads, one whole, gold inside and not."""
+    for widths in ((1, 3, 6, 10, 4, 2, 8), (V, 3, V - 1, V - 2, 4, 2, 8)):
+        student, teacher, target = setup(widths=widths, step=0.125)
+        target = sketched(target, teacher, step=0.4, mix=mix)
+        want = fill_sketched(student, target, T)
+
+        def ours(x: Tensor, target: TopK = target) -> Classes:
+            return classes(x, target, T)
+
+        def twin(x: Tensor, want: Tensor = want) -> tuple[Tensor, Tensor]:
+            return x / T, want
+
+        for loss in LOSSES.values():
+            got, expected = (value_and_gradient(loss, make, student, T) for make in (ours, twin))
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_full_sketch_is_the_teacher() -> None:
+    """As many directions as tokens, and fine steps: whatever the student, the teacher comes back."""
+    student, teacher, target = setup(seed=2)
+    target = sketched(target, teacher, V, step=0.02, mix=0.0)
+    share = filled(student, target, 1.0).softmax(-1)
+    assert (share - teacher.exp()).abs().max() < 0.02
+
+
+def test_a_sketch_refuses_to_be_filled_without_its_basis() -> None:
+    student, teacher, target = setup()
+    target = dataclasses.replace(sketched(target, teacher, step=0.4, mix=0.5), basis=None)
+    with pytest.raises(ValueError, match="needs its basis"):
+        classes(student, target, 2.0)
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0])
+def test_filled_is_what_classes_stand_for(T: float) -> None:
+    """Token by token, of plain sparse targets: against the twin, a whole head and a short tail among them."""
+    student, _, target = setup(widths=(V, 3, V - 1, 10, 4, 2, 8))
+    torch.testing.assert_close(filled(student, target, T), fill(student, target, T, 64), rtol=1e-9, atol=1e-9)

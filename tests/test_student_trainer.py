@@ -14,35 +14,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import (
+    BLOCK,
+    CONFIG,
+    MASK,
+    SHARED,
+    TIDAL,
+    records,
+    synthetic,
+    write_dataset,
+    write_student,
+)
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from shards.codec import SparseCodec
 from shards.errors import ConfigMismatch, ModelError, TideError, UsageError
-from shards.noise import NoiseConfig
 from shards.reader import LogitDataset
 from shards.row import PositionTargets, Row, SparseTarget
-from shards.schema import Kind
-from shards.synthetic import endless, synthetic_config, synthetic_rows
-from shards.writer import DatasetWriter
+from shards.synthetic import endless
 from student.checkpoint import STATE_FILE, check_same_run, checkpoints, load_state, run_identity
 from student.config import TrainConfig, training_arguments
+from student.fused import FusedLoss
 from student.loop import METRICS, TideTrainer
-from student.model import A2DQwen3Config, A2DQwen3LMHeadModel, load_student
+from student.model import A2DQwen3LMHeadModel, load_student
 from student.objective import Objective, parse_objective
-from student.tensors import Batch
-from student.tokenizer import tokenizer_hash
 from student.trainer import CONFIG_FILE, train
-
-BLOCK, VOCAB, SHARED, MASK = 8, 304, 300, 303  # as in shards.synthetic
-NOISE, CODEC = NoiseConfig(views=2), SparseCodec(cap=12)
-CONFIG = TrainConfig(steps=6, batch_tokens=200, row_tokens=64, learning_rate=3e-3, log_every=2, save_every=3)
-TIDAL = parse_objective("tidal+reverse-calm:0.5")
-TIMES = ("tokens_per_s",)
-
-
-def synthetic(kind: Kind, n: int) -> list[Row]:
-    noise = replace(NOISE, unit="chunk" if kind == "cross" else "token")
-    return list(synthetic_rows(0, n, kind=kind, noise=noise, codec=CODEC, max_length=40))
 
 
 def make_rows(n: int = 24) -> list[Row]:
@@ -52,23 +47,7 @@ def make_rows(n: int = 24) -> list[Row]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, student_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny student with its tokenizer."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("student")
-    config = A2DQwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    A2DQwen3LMHeadModel(config).save_pretrained(path)
-    student_tokenizer.save_pretrained(path)
-    return path
+    return write_student(tmp_path_factory.mktemp("student"), student_tokenizer)
 
 
 def trainer(
@@ -98,11 +77,6 @@ def trainer(
 
 def weights(t: TideTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in t.model.state_dict().items()}
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def test_micro_batches_do_not_change_the_gradient(folder: Path, tmp_path: Path) -> None:
@@ -191,17 +165,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(folder: Path, tmp_path:
     rows = make_rows()
     t = trainer(folder, tmp_path, replace(CONFIG, save_every=1), rows=rows)
     before: dict[str, torch.Tensor] = {}
-    plain = t.objective
 
-    def poisoned(logits: torch.Tensor, batch: Batch, progress: float) -> Any:
-        if t.state.global_step == 2:
-            before.update(weights(t))
-            logits = logits * float("nan")
-        return plain(logits, batch, progress)
+    class Poisoned(FusedLoss):
+        def __call__(self, hidden: torch.Tensor, head: torch.nn.Module) -> Any:
+            if t.state.global_step == 2:
+                before.update(weights(t))
+                hidden = hidden * float("nan")
+            return super().__call__(hidden, head)
 
-    t.objective = poisoned  # type: ignore[assignment]
-    poisoned.terms = plain.terms  # type: ignore[attr-defined]
-    poisoned.schedule = plain.schedule  # type: ignore[attr-defined]
+    t.loss_head = Poisoned(t.objective)
     with pytest.raises(
         TideError, match=r"^step 3: the loss is not finite .* on rows s\d+/0, .*checkpoint-2"
     ) as e:
@@ -255,19 +227,6 @@ def test_settings_are_checked() -> None:
 
 
 # tide train
-
-
-def write_dataset(
-    out: Path, tokenizer: PreTrainedTokenizerFast, kind: Kind = "shared", **student: Any
-) -> Path:
-    """A dataset for a student with this tokenizer; `student` changes what its manifest says of it."""
-    noise = replace(NOISE, unit="chunk" if kind == "cross" else "token")
-    config = synthetic_config(noise, CODEC, shared_vocab_size=SHARED if kind == "shared" else None)
-    config["student"] |= {"tokenizer_hash": tokenizer_hash(tokenizer), "max_length": 40, **student}
-    with DatasetWriter(out, kind, config) as writer:
-        writer.write_part(0, 0, 32, synthetic(kind, 32), {})
-        writer.finish()
-    return out
 
 
 @pytest.fixture(scope="module")

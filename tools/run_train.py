@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tools.console import INTERRUPTED, Output, Progress
-from tools.options import Config, Json, opt, saved_options
+from shards.errors import UsageError
+from tools.console import INTERRUPTED, Output, Progress, is_main_process
+from tools.options import Config, Json, opt, option_names, saved_options
 
-OBJECTIVE, OPTIMISER, WORK = "Objective", "Optimiser", "Work"
+if TYPE_CHECKING:
+    from student.config import AdapterConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVE, OPTIMISER, MEMORY, WORK = "Objective", "Optimiser", "Memory", "Work"
+ADAPTERS, RECORDS = "LoRA", "Records"
 NAMES = (
     "ce, ce-uniform, kl, reverse-kl, tidal, calm, reverse-calm, bernoulli-kl, calm-tidal, reverse-calm-tidal"
 )
+
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+PRESET_NAMES = (
+    "paper-shared, paper-cross, paper-ablation-shared-ce, paper-ablation-shared-kl, "
+    "paper-ablation-shared-tide-cross, paper-ablation-shared-no-timestep-axis, "
+    "paper-ablation-shared-no-compdemo, paper-ablation-cross-ce, paper-ablation-cross-calm, "
+    "paper-ablation-cross-tide-shared"
+)
+
+
+def use_preset(ctx: typer.Context, name: str | None) -> str | None:
+    """Callback of `--preset`: its options become defaults, below those of a file and the flags."""
+    if name is not None:
+        from student.presets import preset_named
+
+        given = {key: str(value) for key, value in preset_named(name).options.items()}
+        names = option_names(ctx)
+        ctx.default_map = {names[k]: v for k, v in given.items()} | dict(ctx.default_map or {})
+    return name
+
+
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        is_eager=True,
+        callback=use_preset,
+        help=f"Settings of the paper, below every flag and file: {PRESET_NAMES}.",
+    ),
+]
 
 
 def train(
@@ -21,7 +61,9 @@ def train(
     data: Annotated[str, opt("Logit dataset.", "DIR|URL")],
     student: Annotated[str, opt("Student to start from: model folder or hub id.", "DIR|ID")],
     out: Annotated[Path, opt("Folder of the run: student, checkpoints, metrics.", "DIR")],
-    steps: Annotated[int, opt("Optimiser steps.", "N")],
+    steps: Annotated[int | None, opt("Optimiser steps; wins over --epochs.", "N")] = None,
+    epochs: Annotated[float | None, opt("Times over the training samples.", "E")] = None,
+    preset: Preset = None,
     resume: Annotated[bool, opt("Go on from the newest checkpoint in --out, if there is one.")] = False,
     objective: Annotated[
         str,
@@ -65,15 +107,66 @@ def train(
     timestep_weighting: Annotated[
         str, opt("TIDAL: weight of each timestep.", "uniform|mid-range", OBJECTIVE)
     ] = "uniform",
+    fresh_noise: Annotated[
+        float | None,
+        opt(
+            "Share of the rows that redraw their noise and carry CE alone (default: where the run meets "
+            "stored views more than once 0.25, and 1 with ce; else 0).",
+            "SHARE",
+            OBJECTIVE,
+        ),
+    ] = None,
     lr: Annotated[float, opt("Peak learning rate.", "RATE", OPTIMISER)] = 5e-5,
+    lr_schedule: Annotated[
+        str, opt("Learning rate after warm-up.", "cosine|linear|constant", OPTIMISER)
+    ] = "cosine",
     warmup: Annotated[float, opt("Share of the steps with rising learning rate.", "SHARE", OPTIMISER)] = 0.1,
+    weight_decay: Annotated[float, opt("AdamW's, per step and learning rate.", "W", OPTIMISER)] = 0.0,
+    max_grad_norm: Annotated[
+        float, opt("Gradients are scaled down to this norm; 0 = never.", "NORM", OPTIMISER)
+    ] = 1.0,
     batch_tokens: Annotated[
         int, opt("Packed student tokens per step, over all GPUs.", "TOKENS", OPTIMISER)
     ] = 8192,
-    seed: Annotated[int, opt("Decides the order of the data.", "S", OPTIMISER)] = 0,
-    row_tokens: Annotated[
-        int | None, opt("Packed row length (default: 512 on CPU, 4096 on CUDA).", "TOKENS", WORK)
+    optimizer: Annotated[
+        str,
+        opt(
+            "transformers' name; adamw_bnb_8bit keeps its state in 8 bits (bitsandbytes).", "NAME", OPTIMISER
+        ),
+    ] = "adamw_torch",
+    seed: Annotated[int, opt("Decides the order of the data and fresh noise.", "S", OPTIMISER)] = 0,
+    lora: Annotated[
+        int | None, opt("Train updates of this rank, the weights frozen (peft).", "RANK", ADAPTERS)
     ] = None,
+    qlora: Annotated[
+        bool, opt("The same with the frozen weights in 4 bits (bitsandbytes).", None, ADAPTERS)
+    ] = False,
+    lora_alpha: Annotated[
+        float | None, opt("Updates are scaled by alpha / rank (default: twice the rank).", "A", ADAPTERS)
+    ] = None,
+    lora_dropout: Annotated[float, opt("Of the updates' inputs.", "SHARE", ADAPTERS)] = 0.0,
+    lora_targets: Annotated[str, opt("Linear layers that get one.", "NAME,...", ADAPTERS)] = LORA_TARGETS,
+    vram: Annotated[
+        float | None,
+        opt(
+            "Pick optimiser, checkpointing, micro-batches and row length, those not given, for a card of "
+            "this size, and print what it should use: 8, 12, 16, 24 or any other.",
+            "GIB",
+            MEMORY,
+        ),
+    ] = None,
+    row_tokens: Annotated[
+        int | None, opt("Packed row length (default: 512 on CPU, 4096 on CUDA).", "TOKENS", MEMORY)
+    ] = None,
+    accumulation: Annotated[
+        int, opt("Micro-batches a GPU cuts its share of a step into; changes memory alone.", "N", MEMORY)
+    ] = 1,
+    gradient_checkpointing: Annotated[
+        bool, opt("Run each layer again in the backward pass: less memory, a third more work.", None, MEMORY)
+    ] = False,
+    eight_bit_embedding: Annotated[
+        bool, opt("With an 8-bit optimiser: the embedding's state in 8 bits too.", None, MEMORY)
+    ] = False,
     bf16: Annotated[
         bool | None,
         typer.Option(
@@ -82,8 +175,29 @@ def train(
             rich_help_panel=WORK,
         ),
     ] = None,
-    log_steps: Annotated[int, opt("Steps between log lines.", "N", WORK)] = 10,
-    save_steps: Annotated[int, opt("Steps between checkpoints; the last step is saved.", "N", WORK)] = 500,
+    fsdp: Annotated[
+        bool, opt("Shard weights, gradients and optimiser over the GPUs (FSDP2).", None, WORK)
+    ] = False,
+    deepspeed: Annotated[Path | None, opt("DeepSpeed settings.", "FILE.json", WORK)] = None,
+    workers: Annotated[
+        int | None, opt("Processes that prepare batches (default: 1 with CUDA, else 0).", "N", WORK)
+    ] = None,
+    log_steps: Annotated[int, opt("Steps between log lines.", "N", RECORDS)] = 10,
+    save_steps: Annotated[int, opt("Steps between checkpoints; the last step is saved.", "N", RECORDS)] = 500,
+    keep: Annotated[int, opt("Checkpoints kept.", "N", RECORDS)] = 2,
+    eval_every: Annotated[
+        int | None, opt("Steps between evaluations on held-out samples (default: none).", "N", RECORDS)
+    ] = None,
+    eval_samples: Annotated[int, opt("Most held-out samples of one.", "N", RECORDS)] = 128,
+    keep_best: Annotated[
+        bool, opt("Keep the best evaluated student in --out's best/.", None, RECORDS)
+    ] = False,
+    report_to: Annotated[
+        str | None, opt("Send metrics to tensorboard, wandb, trackio too.", "NAME,...", RECORDS)
+    ] = None,
+    push_to: Annotated[
+        str | None, opt("Push the finished student to the Hugging Face Hub.", "OWNER/NAME", RECORDS)
+    ] = None,
     config: Config = None,
     json: Json = False,
 ) -> None:
@@ -92,9 +206,11 @@ def train(
     Runs under torchrun and accelerate launch too. Ctrl-C ends the run after the current step with a
     checkpoint; the same command with --resume goes on.
     """
+    from shards.reader import LogitDataset
+    from student.hub import check_push, push_student
     from student.objective import parse_objective
     from student.schedule import LambdaSchedule
-    from student.trainer import TrainConfig
+    from student.trainer import TrainConfig, steps_of
     from student.trainer import train as run
 
     aim = parse_objective(
@@ -114,17 +230,44 @@ def train(
             axes=lambda_axes,  # type: ignore[arg-type]
         ),
     )
+    if steps is None and epochs is None:
+        raise UsageError("Missing option '--steps'; or pass --epochs, or a --preset, which has its own")
+    if push_to is not None:
+        check_push(push_to)
+    dataset = LogitDataset(data)
+    if preset is not None and is_main_process():
+        explain(preset, dataset.manifest)
+    if steps is None and epochs is not None:
+        steps = steps_of(dataset, epochs, batch_tokens)
     settings = TrainConfig(
-        steps=steps,
+        steps=steps or 0,
         batch_tokens=batch_tokens,
         row_tokens=row_tokens,
+        accumulation=accumulation,
         learning_rate=lr,
+        schedule=lr_schedule,  # type: ignore[arg-type]
         warmup=warmup,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        eight_bit_embedding=eight_bit_embedding,
+        adapter=adapter_of(lora, qlora, lora_alpha, lora_dropout, lora_targets),
+        gradient_checkpointing=gradient_checkpointing,
+        max_grad_norm=max_grad_norm,
         bf16=bf16,
+        fresh_noise=fresh_noise,
         seed=seed,
         log_every=log_steps,
         save_every=save_steps,
+        keep=keep,
+        workers=workers,
+        eval_every=eval_every,
+        eval_samples=eval_samples,
+        keep_best=keep_best,
+        report_to=tuple(filter(None, (report_to or "").split(","))),
+        trainer_args=sharding(fsdp, deepspeed),
     )
+    if vram is not None:
+        settings = fit_card(ctx, student, vram, settings)
     with saved_options(ctx, out / "tide-train.yaml") as saved, Progress(plain=False) as progress:
         report = saved(progress.line("training", "steps"))
         summary = run(data, student, out, settings, aim, resume=resume, progress=report)
@@ -134,6 +277,10 @@ def train(
         output.say(
             f"{summary.out}: student of {summary.step} steps; {summary.seconds:,.0f} s, {rate:,.0f} tokens/s"
         )
+    pushed = None
+    if summary.finished and push_to is not None and is_main_process():
+        pushed = push_student(summary.out, push_to)
+        output.say(f"pushed to {pushed}")
     output.result(
         {
             "command": "train",
@@ -145,7 +292,90 @@ def train(
             "tokens": summary.tokens,
             "checkpoint": summary.checkpoint and str(summary.checkpoint),
             "last": summary.last,
+            "pushed": pushed,
         }
     )
     if not summary.finished:
         raise SystemExit(INTERRUPTED)
+
+
+def adapter_of(
+    rank: int | None, four_bit: bool, alpha: float | None, dropout: float, targets: str
+) -> AdapterConfig | None:
+    """The adapter that the LoRA options describe, if any."""
+    from student.config import AdapterConfig
+
+    if rank is None and not four_bit:
+        return None
+    default = AdapterConfig()
+    return AdapterConfig(
+        rank=default.rank if rank is None else rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=tuple(filter(None, targets.split(","))),
+        four_bit=four_bit,
+    )
+
+
+def sharding(fsdp: bool, deepspeed: Path | None) -> dict[str, Any]:
+    """transformers' arguments for weights sharded over GPUs."""
+    if deepspeed is not None and not deepspeed.is_file():
+        raise UsageError(f"--deepspeed {deepspeed}: no such file; pass DeepSpeed's settings as JSON")
+    if fsdp and deepspeed is not None:
+        raise UsageError("--fsdp and --deepspeed exclude each other: both shard the weights")
+    if fsdp:
+        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+        return {"fsdp": True, "fsdp_config": wrapped}
+    return {} if deepspeed is None else {"deepspeed": str(deepspeed)}
+
+
+def explain(name: str, manifest: Any) -> None:
+    """Say what a preset is, and where this run is not the paper's."""
+    from student.presets import preset_named
+
+    preset = preset_named(name)
+    logger.info("%s: %s; differs: %s", name, preset.about, preset.differs)
+    if other := ", ".join(preset.of_dataset(manifest)):
+        logger.warning("%s: the dataset differs from the paper's: %s", name, other)
+
+
+def fit_card(ctx: typer.Context, student: str, vram: float, settings: TrainConfig) -> TrainConfig:
+    """The settings with those that `--vram` picks, where nobody gave them; prints what they should use."""
+    from dataclasses import replace
+
+    import torch
+
+    from student.memory import Plan, Shape, estimate, fit
+    from student.model import read_config
+    from tools.run_plan import memory_table
+
+    def given(option: str) -> bool:
+        source = ctx.get_parameter_source(option)
+        return source is not None and source.name != "DEFAULT"
+
+    cuda = torch.cuda.is_available()
+    wanted = settings.optimizer if given("optimizer") or not cuda else "adamw_bnb_8bit"
+    plan = Plan(
+        batch_tokens=settings.batch_tokens,
+        world=int(os.environ.get("WORLD_SIZE", "1")),
+        bf16=settings.bf16 is not False,
+        optimizer=wanted,
+        adapter=settings.adapter,
+    )
+    shape = Shape.of(read_config(student))
+    chosen, needs = fit(shape, vram, plan)
+    picks: dict[str, Any] = {
+        "optimizer": chosen.optimizer,
+        "gradient_checkpointing": chosen.gradient_checkpointing,
+        "eight_bit_embedding": chosen.eight_bit_embedding,
+        "accumulation": chosen.accumulation,
+        "row_tokens": min(4096, needs.micro_tokens) if cuda else None,
+    }
+    kept = {name: getattr(settings, name) for name in picks if given(name)}
+    if kept.keys() & {"accumulation", "gradient_checkpointing", "eight_bit_embedding"}:
+        changes = {k: v for k, v in kept.items() if k not in ("optimizer", "row_tokens")}
+        chosen = replace(chosen, **changes)
+        needs = estimate(shape, chosen)
+    ctx.params.update(picks | kept)  # what was picked is saved with the options
+    Output(as_json=True).report(memory_table(shape, chosen, needs, vram))
+    return replace(settings, **picks | kept)
