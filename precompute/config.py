@@ -41,6 +41,10 @@ class PrecomputeConfig:
     codec: Codec = field(default_factory=SparseCodec)
     """How distributions are stored; of no effect on a cross-tokenizer dataset, which stores chunk
     log-probs."""
+    sketch_from: str | None = None
+    """File or dataset whose basis the sketches have; None = it is fitted to this corpus and teacher."""
+    fidelity: int | None = None
+    """Training samples of part 0 that are scored densely too, for the manifest; None = none."""
     limit: int | None = None
     """Read only the first rows of the corpus; None = all."""
     shared_vocab_size: int | None = None
@@ -75,15 +79,23 @@ class PrecomputeConfig:
     samples_per_part: int = 256
     """Corpus rows per part: what an interruption can lose at most."""
     row_tokens: int | None = None
-    """Teacher tokens per packed row, one row per forward; None = chosen by device and lengths."""
+    """Teacher tokens per packed row, one row per forward; None = as the dataset in `out` was begun, else
+    chosen by device and lengths."""
     head_rows: int = 512
     """Rows of logits that exist at once."""
     dtype: str = "float32"
     """Number format of the teacher: `float32` or `bfloat16`."""
     device: str | None = None
-    """Torch device; None = cuda where there is one, else cpu."""
+    """Torch device; None = as the dataset in `out` was begun, else cuda where there is one, else cpu."""
+    workers: int | None = None
+    """Processes that tokenise ahead of the teacher and encode behind it; None = 0 on a CPU, which the teacher
+    needs itself, else 2. Without influence on what is written."""
     part: str = "0/1"
-    """`i/n`: do only the parts p with p mod n = i, for n workers that each write a folder of their own."""
+    """`i/n`: do only the parts p with p mod n = i, for workers that cannot see each other's folder, or shall
+    not wait for each other."""
+    verify_parts: bool = False
+    """Read the parts that are on disk, and make those again whose bytes differ from their record; by default
+    their sizes are compared."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -100,15 +112,19 @@ class PrecomputeConfig:
         for name in ("views", "block_size", "max_length", "samples_per_part", "head_rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("limit", "row_tokens", "max_teacher_length", "shared_vocab_size"):
+        for name in ("fidelity", "limit", "row_tokens", "max_teacher_length", "shared_vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"workers must be at least 0, got {self.workers}")
         for name in ("holdout", "max_dropped"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(
                     f"{name.replace('_', '-')} must lie between 0 and 1, got {getattr(self, name)}"
                 )
+        if self.sketch_from is not None and not (isinstance(self.codec, SparseCodec) and self.codec.sketch):
+            raise UsageError("sketch-from needs a sparse codec with a sketch: add --sketch R")
         self.worker()
 
     def worker(self) -> tuple[int, int]:

@@ -1,32 +1,36 @@
-"""A part's samples through the teacher: plan, lay out, pack, run a row at a time, reduce, put together.
+"""A part's samples through the teacher: plan, lay out, pack, run some rows at a time, reduce, put together.
 
 A pure function of (samples, plans, configuration): packing never depends on what was made before or
-elsewhere.
+elsewhere, nor on how much memory there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from precompute.inputs import Asking, Job, make_jobs
-from precompute.reduce import Head, reduce_dense, reduce_gold, reduce_sparse
+from precompute.reduce import Head, reduce_dense, reduce_exact, reduce_gold, reduce_sparse
 from precompute.rows import Answers, join, make_rows
 from precompute.sample import ChunkSpans, Sample
-from precompute.teachers.base import Teacher
-from shards.codec import Codec, SparseCodec
+from precompute.teachers.base import Teacher, TeacherSpec
+from shards.codec import Codec, ExactCodec, SparseCodec
 from shards.errors import ModelError
 from shards.noise import NoiseConfig, Plan, make_plan
-from shards.row import DenseTarget, Row, SparseTarget
+from shards.row import ExactTarget, Row, SparseTarget, Target
 from student.attention import Coordinates
-from student.layout import PAD, SHARED_CLEAN, Attention, Piece, group, pack
+from student.layout import PAD, Piece, group, pack
+
+T = TypeVar("T")
 
 CUDA_TILE = 128
-"""Packed rows are padded to whole FlexAttention tiles on CUDA."""
+"""Packed rows and what is read of them are filled up to whole FlexAttention tiles on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,41 +43,61 @@ class Targets:
     """Leading ids that log-probs are normalised over."""
     head_rows: int
     """Rows of logits that exist at once."""
+    sketch: Callable[[Tensor], np.ndarray] | None = None
+    """Codes of the tail's shape from logits (`precompute.sketch.SketchCoder`), if the codec has a sketch."""
 
 
-def default_row_tokens(
-    longest: int, *, streams: int, attention: Attention, block_size: int, device: torch.device
-) -> int:
-    """Row length where none is given: on an accelerator one that holds every stream of the longest sample
-    together; on a CPU, where a dense mask makes long rows dear, one that holds any one of them.
+@dataclass(slots=True)
+class Pace:
+    """How much runs at once; halved whenever memory runs out, and kept so for the parts that follow.
 
-    Args:
-        longest: most teacher tokens of a sample.
-        streams: noisy streams of a sample: views, times two with CompDemo.
+    Which samples share a row never depends on it. What comes out does to rounding alone: matrix products of
+    fewer rows may add up in another order.
     """
-    longest = -(-longest // block_size) * block_size
-    clean = 1 if attention in SHARED_CLEAN else 0
-    if device.type == "cpu":
-        return max(1024, (clean + 1) * longest)
-    return max(8192, (clean + streams) * longest)
+
+    rows: int
+    """Packed rows in one forward."""
+    head_rows: int
+    """Rows of logits in one chunk."""
+
+    def fit(self, name: Literal["rows", "head_rows"], run: Callable[[], T], what: str) -> T | None:
+        """The result of `run`, or None when memory ran out and `name` is halved: ask for less and try again.
+
+        Raises:
+            ModelError: memory runs out and there is nothing left to halve.
+        """
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as e:  # torch's error for an accelerator is a RuntimeError
+            if not (isinstance(e, MemoryError) or should_reduce_batch_size(e)):
+                raise
+            if getattr(self, name) == 1:
+                raise ModelError(
+                    f"out of memory: {what} does not fit beside the teacher; use --dtype bfloat16, a "
+                    "device with more memory, or (for a new dataset) a lower --row-tokens"
+                ) from e
+        clear_device_cache(garbage_collection=True)
+        setattr(self, name, getattr(self, name) // 2)
+        return None
 
 
 def run_row(teacher: Teacher, pieces: Sequence[Piece]) -> Tensor:
     """[Q, H]: hidden states at the pieces' reads, piece after piece, all run in one packed row."""
     row = pack(pieces, sum(map(len, pieces)))
-    fill = -row.ids.shape[1] % CUDA_TILE if teacher.device.type == "cuda" else 0
+    tile = CUDA_TILE if teacher.device.type == "cuda" else 1
+    fill = -row.ids.shape[1] % tile
 
     def tensor(x: np.ndarray, pad: int = 0) -> Tensor:
         return torch.from_numpy(np.pad(x, ((0, 0), (0, fill)), constant_values=pad)).to(teacher.device)
 
     at = Coordinates(tensor(row.sample, PAD), tensor(row.stream), tensor(row.block), tensor(row.order))
-    read = torch.from_numpy(row.read).to(teacher.device)
-    return teacher.hidden(tensor(row.ids), tensor(row.position), at, read)
+    read = torch.from_numpy(np.pad(row.read, (0, -len(row.read) % tile))).to(teacher.device)
+    return teacher.hidden(tensor(row.ids), tensor(row.position), at, read)[: len(row.read)]
 
 
 def reduce(
     hidden: Tensor, gold: np.ndarray, head: Head, targets: Targets
-) -> tuple[np.ndarray, SparseTarget | DenseTarget | None]:
+) -> tuple[np.ndarray, Target | None]:
     """Log-probs [Q] of the true tokens `gold` [Q], and the distributions that `targets` keeps."""
     ids = torch.from_numpy(gold.astype(np.int64)).to(hidden.device)
     codec, vocab_size, head_rows = targets.codec, targets.vocab_size, targets.head_rows
@@ -89,27 +113,50 @@ def reduce(
             tail_bound=codec.tail_bound,
             temperatures=codec.temperatures,
             head_rows=head_rows,
+            sketch=targets.sketch,
         )
         return logp, sparse
+    if isinstance(codec, ExactCodec):
+        exact, logp = reduce_exact(
+            hidden, ids, head, vocab_size=vocab_size, width=codec.width, head_rows=head_rows
+        )
+        return logp, exact
     dense, logp = reduce_dense(hidden, ids, head, vocab_size=vocab_size, head_rows=head_rows)
     return logp, dense
 
 
-def ask(teacher: Teacher, jobs: Sequence[Job], targets: Targets, samples: Sequence[Sample]) -> Answers:
-    """Run jobs in one packed row and reduce what the teacher says.
+def ask(
+    teacher: Teacher, jobs: Sequence[Job], targets: Targets, samples: Sequence[Sample], pace: Pace
+) -> Answers | None:
+    """Run jobs in one forward and reduce what the teacher says; None if memory ran out on the way and `pace`
+    asks for fewer rows now.
 
     Raises:
-        ModelError: it says something that is not a finite number (names sample and view).
+        ModelError: it says something that is not a finite number (names sample and view), or one row is too
+            much for the memory.
     """
+    pieces = [j.piece for j in jobs]
+    tokens = sum(map(len, pieces))
+    hidden = pace.fit("rows", lambda: run_row(teacher, pieces), f"a row of {tokens} tokens")
+    if hidden is None:
+        return None
     gold = np.concatenate([j.gold for j in jobs])
     sample = np.repeat([j.sample for j in jobs], [len(j.gold) for j in jobs])
     view = np.concatenate([j.view for j in jobs])
-    logp, target = reduce(run_row(teacher, [j.piece for j in jobs]), gold, teacher.head, targets)
+    reduced = None
+    while reduced is None:
+
+        def in_chunks() -> tuple[np.ndarray, Target | None]:
+            return reduce(hidden, gold, teacher.head, replace(targets, head_rows=pace.head_rows))
+
+        reduced = pace.fit("head_rows", in_chunks, "a row of logits")
+    logp, target = reduced
     finite = np.isfinite(logp) | (gold >= targets.vocab_size)
     if isinstance(target, SparseTarget):  # a NaN among the logits makes every log-prob NaN
         finite &= np.isfinite(target.logp[np.cumsum(target.counts) - target.counts])
     elif target is not None:
-        finite &= np.isfinite(target.logp).all(axis=1)
+        values = target.hidden if isinstance(target, ExactTarget) else target.logp
+        finite &= np.isfinite(values).all(axis=1)
     if not finite.all():
         k = int(np.argmin(finite))
         raise ModelError(
@@ -117,6 +164,17 @@ def ask(teacher: Teacher, jobs: Sequence[Job], targets: Targets, samples: Sequen
             "--dtype float32, and look for damaged weights in its folder"
         )
     return Answers(sample, view, np.concatenate([j.slot for j in jobs]), logp, target)
+
+
+def check_vocabulary(samples: Sequence[Sample], mask_id: int, spec: TeacherSpec) -> None:
+    """Raises: ModelError for a token id that the teacher has no row for (names sample, id and vocabulary)."""
+    for sample in samples:
+        largest = max(int(sample.teacher_ids.max(initial=0)), mask_id)
+        if largest >= spec.vocab_size:
+            raise ModelError(
+                f"sample {sample.sample_id} has token id {largest}, but {spec.name} knows ids below "
+                f"{spec.vocab_size}: give the teacher's own tokenizer, or a teacher with a larger vocabulary"
+            )
 
 
 def plans_of(sample: Sample, noise: NoiseConfig) -> list[Plan]:
@@ -135,6 +193,40 @@ def plans_of(sample: Sample, noise: NoiseConfig) -> list[Plan]:
     ]
 
 
+def ask_all(
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    jobs: Sequence[Job],
+    *,
+    asking: Asking,
+    targets: Targets,
+    pace: Pace,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Answers]:
+    """Pack the jobs of a part, run them, and reduce what the teacher says; at least one set of answers.
+
+    Args:
+        pace: how much runs at once, changed here when memory runs out.
+        progress: gets samples done.
+
+    Raises:
+        ModelError: see `check_vocabulary` and `ask`.
+    """
+    check_vocabulary(samples, asking.mask_id, teacher.spec)
+    rows = list(group((len(j.piece) for j in jobs), asking.row_tokens))
+    nothing = np.zeros(0, dtype=np.int64)
+    answers = [Answers(nothing, nothing, nothing, *reduce(torch.zeros(0, 1), nothing, teacher.head, targets))]
+    done = 0
+    while done < len(rows):
+        progress(jobs[rows[done][0]].sample)
+        together = rows[done : done + pace.rows]
+        answer = ask(teacher, [jobs[i] for row in together for i in row], targets, samples, pace)
+        if answer is not None:
+            answers.append(answer)
+            done += len(together)
+    return answers
+
+
 def make_part(
     teacher: Teacher,
     samples: Sequence[Sample],
@@ -142,21 +234,18 @@ def make_part(
     *,
     asking: Asking,
     targets: Targets,
-    progress: Callable[[int], None] = lambda done: None,
+    pace: Pace | None = None,
 ) -> tuple[list[Row], int]:
-    """Every view of every sample as rows, and how many teacher tokens ran.
+    """Every view of every sample as rows, and how many teacher tokens ran: a part in one call.
 
     Args:
         plans: per sample, per view: `plans_of`, or explicit noise.
-        progress: gets samples done.
+        pace: see `ask_all`; None = a row, and `targets.head_rows` logits.
 
     Raises:
-        UsageError: a sample does not fit `asking.row_tokens`. ModelError: see `ask`.
+        UsageError: a sample does not fit `asking.row_tokens`. ModelError: see `ask_all`.
     """
+    pace = pace or Pace(rows=1, head_rows=targets.head_rows)
     jobs = [j for i, s in enumerate(samples) for j in make_jobs(s, plans[i], asking, index=i)]
-    nothing = np.zeros(0, dtype=np.int64)
-    answers = [Answers(nothing, nothing, nothing, *reduce(torch.zeros(0, 1), nothing, teacher.head, targets))]
-    for row in group((len(j.piece) for j in jobs), asking.row_tokens):
-        progress(jobs[row[0]].sample)
-        answers.append(ask(teacher, [jobs[i] for i in row], targets, samples))
+    answers = ask_all(teacher, samples, jobs, asking=asking, targets=targets, pace=pace)
     return make_rows(samples, plans, join(answers)), sum(len(j.piece) for j in jobs)

@@ -13,7 +13,6 @@ from precompute.corpus import Corpus
 from precompute.prepare import Preparer
 from precompute.teachers.base import TeacherSpec
 from precompute.tokens import shared_vocab_size, template_hash
-from shards.codec import codec_to_json
 from shards.errors import UsageError
 from shards.noise import NoiseConfig
 from shards.settings import StudentInfo
@@ -32,9 +31,10 @@ def manifest_config(
     spec: TeacherSpec,
     row_tokens: int,
     device: torch.device,
+    coding: dict[str, Any],
 ) -> dict[str, Any]:
     """JSON values only. Whatever may change between two runs that go on with one another (limit, part, the
-    share that may be dropped, where folders lie) is left out."""
+    share that may be dropped, where folders lie) is left out. `coding`: `precompute.tables.Coding.config`."""
     student, teacher = preparer.student.tokenizer, preparer.teacher.tokenizer
     info = StudentInfo(
         tokenizer_hash=tokenizer_hash(student),
@@ -54,7 +54,7 @@ def manifest_config(
             "max_length": preparer.config.teacher_length,
         },
         "noise": {**asdict(noise), "source": "philox"},
-        "codec": codec_to_json(config.codec),
+        **coding,
         "block_size": config.block_size,
         "shared_vocab_size": None if preparer.config.kind == "cross" else shared_size(config, preparer, spec),
         "loss_on": config.loss_on,

@@ -10,7 +10,7 @@ import numpy as np
 from precompute.reduce import sum_chunks
 from precompute.sample import ChunkSpans, Sample
 from shards.noise import Plan
-from shards.row import ChunkTargets, DenseTarget, PositionTargets, Row, SparseTarget
+from shards.row import ChunkTargets, DenseTarget, ExactTarget, PositionTargets, Row, SparseTarget, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Answers:
     """[N] int: student position (shared tokenizer) or chunk (cross tokenizer)."""
     gold_logp: np.ndarray
     """[N] float32."""
-    target: SparseTarget | DenseTarget | None
+    target: Target | None
 
     def take(self, index: np.ndarray) -> Answers:
         """The answers at `index`, in its order."""
@@ -34,17 +34,23 @@ class Answers:
             counts = target.counts[index]
             start = (np.cumsum(target.counts) - target.counts)[index]
             entry = np.repeat(start - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-            target = SparseTarget(counts, target.ids[entry], target.logp[entry], target.tails[index])
-        elif target is not None:
+            sketch = None if target.sketch is None else target.sketch[index]
+            target = SparseTarget(counts, target.ids[entry], target.logp[entry], target.tails[index], sketch)
+        elif isinstance(target, DenseTarget):
             target = DenseTarget(target.logp[index])
+        elif target is not None:
+            target = ExactTarget(target.hidden[index])
         return Answers(self.sample[index], self.view[index], self.slot[index], self.gold_logp[index], target)
 
     def split(self, bounds: np.ndarray) -> list[Answers]:
         """Consecutive answers, cut at `bounds` [n]: n + 1 sets."""
         target = self.target
-        targets: list[SparseTarget | DenseTarget | None] = [None] * (len(bounds) + 1)
+        targets: list[Target | None] = [None] * (len(bounds) + 1)
         if isinstance(target, SparseTarget):
             entries = np.append(0, np.cumsum(target.counts))[bounds]
+            sketches: list[np.ndarray | None] = [None] * len(targets)
+            if target.sketch is not None:
+                sketches = list(np.split(target.sketch, bounds))
             targets = [
                 SparseTarget(*x)
                 for x in zip(
@@ -52,10 +58,13 @@ class Answers:
                     np.split(target.ids, entries),
                     np.split(target.logp, entries),
                     np.split(target.tails, bounds),
+                    sketches,
                 )
             ]
-        elif target is not None:
+        elif isinstance(target, DenseTarget):
             targets = [DenseTarget(x) for x in np.split(target.logp, bounds)]
+        elif target is not None:
+            targets = [ExactTarget(x) for x in np.split(target.hidden, bounds)]
         arrays = (np.split(x, bounds) for x in (self.sample, self.view, self.slot, self.gold_logp))
         return [Answers(*x) for x in zip(*arrays, targets)]
 
@@ -69,11 +78,14 @@ def join(parts: Sequence[Answers]) -> Answers:
     def of_target(name: str) -> np.ndarray:
         return np.concatenate([getattr(p.target, name) for p in parts])
 
-    target: SparseTarget | DenseTarget | None = parts[0].target
+    target: Target | None = parts[0].target
     if isinstance(target, SparseTarget):
-        target = SparseTarget(*(of_target(n) for n in ("counts", "ids", "logp", "tails")))
-    elif target is not None:
+        names = ("counts", "ids", "logp", "tails", *([] if target.sketch is None else ["sketch"]))
+        target = SparseTarget(*(of_target(n) for n in names))
+    elif isinstance(target, DenseTarget):
         target = DenseTarget(of_target("logp"))
+    elif target is not None:
+        target = ExactTarget(of_target("hidden"))
     return Answers(of("sample"), of("view"), of("slot"), of("gold_logp"), target)
 
 

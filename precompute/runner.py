@@ -1,153 +1,51 @@
-"""The loop: corpus rows in, parts of a logit dataset out.
+"""A run: corpus rows in, parts of a logit dataset out.
 
-Work is cut into parts, fixed ranges of corpus rows. A part's bytes depend on the corpus, the configuration
-and the part alone, so an interrupted run goes on where it was, and any part may be made again.
+Work is cut into parts (`precompute.parts`). A part's bytes depend on the corpus, the configuration and the
+part alone, so an interrupted run goes on where it was, any part may be made again, and any number of runs on
+one folder share the work. What surrounds the model goes on beside it (`precompute.loop`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
 
-import numpy as np
 import torch
 
+from precompute.budget import default_row_tokens, rows_at_once
+from precompute.busy import Busy
 from precompute.config import DTYPES, PrecomputeConfig
 from precompute.corpus import Corpus, open_corpus
-from precompute.engine import Targets, default_row_tokens, make_part, plans_of
-from precompute.identity import manifest_config
-from precompute.inputs import Asking, without_first
-from precompute.prepare import Drop, PrepareConfig, Preparer
-from precompute.sample import Conversation, Sample
+from precompute.drops import DropLimit
+from precompute.engine import Pace, Targets, ask_all
+from precompute.fidelity import Coder, measured
+from precompute.identity import manifest_config, shared_size
+from precompute.inputs import Asking
+from precompute.loop import Progress, make_parts
+from precompute.parts import Range, cut, unfinished
+from precompute.pipeline import WORKERS, Workers
+from precompute.prepare import PrepareConfig, Preparer
+from precompute.states import calibration, first_samples, state_rows
+from precompute.tables import Coding, make_coding
 from precompute.teachers.base import Teacher
 from precompute.teachers.load import load_teacher, load_teacher_tokenizer
 from precompute.tokens import infer_kind
-from shards.align import Fate
-from shards.errors import CorpusError, TideError, UsageError
+from shards.agreement import recorded_config
+from shards.codec import table_of
+from shards.errors import ConfigMismatch, CorpusError, TideError, UsageError
 from shards.manifest import Manifest
 from shards.noise import NoiseConfig
-from shards.row import Row
 from shards.writer import DatasetWriter
 from student.tokenizer import load_tokenizer
-
-Progress = Callable[[int, int | None, str], None]
-"""Called with corpus rows done, all of them (None = unknown), and what is being done."""
-
-HALF_TEMPERATURE = 2.0
-"""Chunks whose probability, tempered by this, exceeds one half are counted: Reverse CALM pulls the student
-towards their text and away from that of all others."""
 
 
 class Interrupted(TideError):
     """Ctrl-C: what is done stays done."""
 
     exit_code = 130
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Corpus rows [first, last): one part's work."""
-
-    part: int
-    first: int
-    last: int
-    conversations: list[Conversation]
-    skipped: Counter[str]
-    """Unusable corpus rows met on the way, by reason."""
-
-
-def cut(corpus: Corpus, size: int) -> Iterator[Range]:
-    """The corpus in ranges of `size` rows, the last one shorter. Reads one row ahead, so that unusable rows
-    after a range's last one belong to it."""
-    rows = iter(corpus)
-    seen: Counter[str] = Counter()
-    row, first = next(rows, None), 0
-    while row is not None:
-        taken = [row]
-        while (row := next(rows, None)) is not None and len(taken) < size:
-            taken.append(row)
-        skipped = Counter(corpus.skipped)
-        yield Range(first // size, first, first + len(taken), taken, skipped - seen)
-        seen, first = skipped, first + len(taken)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A range, ready for the teacher."""
-
-    samples: list[Sample]
-    dropped: Counter[str]
-    """Corpus rows that give no sample, by reason."""
-    content_tokens: int
-    """Maskable tokens that a teacher counterpart can be expected of, those of dropped rows included."""
-    unaligned: Counter[str]
-    """Those of them that have none, by reason."""
-
-
-class DropLimit:
-    """Counts what is lost on the way to the teacher, and stops the run when it is too much.
-
-    Corpus rows that give no sample (too long, malformed) are counted and reported. Target tokens without a
-    teacher counterpart are counted against a limit: they say that tokenizers or templates do not fit.
-    """
-
-    def __init__(self, corpus: Corpus, most: float) -> None:
-        self.corpus, self.most = corpus, most
-        self.rows = 0
-        self.dropped: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.content_tokens = 0
-        self.unaligned: Counter[str] = Counter()
-
-    def prepare(self, work: Range, preparer: Preparer, *, shifted: bool = False) -> Prepared:
-        """The samples of a range, and what is lost. `shifted`: of the teacher's outputs.
-
-        Raises:
-            CorpusError: of all target tokens so far, more than `most` are unaligned, or no row gave a sample.
-        """
-        samples: list[Sample] = []
-        dropped = Counter(work.skipped)
-        unaligned: Counter[str] = Counter()
-        content = 0
-        for conversation in work.conversations:
-            made = preparer.prepare(conversation)
-            if shifted and isinstance(made, Sample):
-                made = without_first(made)
-            unaligned += made.dropped
-            if isinstance(made, Drop):
-                content += made.dropped.total()
-                dropped[made.reason] += 1
-                where = f"{conversation.source} row {conversation.index + 1}"
-                why = f": {' '.join(made.detail.split())}" if made.detail else ""
-                self.first.setdefault(made.reason, where + why)
-            else:
-                content += int(made.maskable.sum())
-                samples.append(made)
-        content -= unaligned.pop(Fate.NOT_CONTENT.label, 0)
-        self.rows += len(work.conversations) + work.skipped.total()
-        self.dropped += dropped
-        self.content_tokens += content
-        self.unaligned += unaligned
-        if self.dropped.total() == self.rows:
-            reason, n = self.dropped.most_common(1)[0]
-            where = next(iter(self.corpus.skipped_at.get(reason, ())), None) or self.first[reason]
-            raise CorpusError(
-                f"{self.corpus.spec}: none of the first {self.rows} rows gives a sample, {n} because: "
-                f"{reason} (first in {where}); mend the corpus, or raise --student-max-length"
-            )
-        lost = self.unaligned.total()
-        if lost > self.most * self.content_tokens:
-            reason, n = self.unaligned.most_common(1)[0]
-            raise CorpusError(
-                f"{self.corpus.spec}: {lost} of {self.content_tokens} target tokens in the first {self.rows} "
-                f"rows have no teacher counterpart, {n} because: {reason}; look at the two chat templates "
-                f"and --teacher-max-length, or raise --max-dropped ({self.most:g})"
-            )
-        return Prepared(samples, dropped, content, unaligned)
 
 
 def make_preparer(config: PrecomputeConfig) -> Preparer:
@@ -170,28 +68,71 @@ def make_preparer(config: PrecomputeConfig) -> Preparer:
     )
 
 
-def precompute(config: PrecomputeConfig, progress: Progress | None = None) -> Manifest:
+def choose_device(config: PrecomputeConfig) -> torch.device:
+    """As told; else as the dataset in `out` was begun; else cuda where there is one.
+
+    Raises:
+        ConfigMismatch: the dataset was begun on a device that this machine lacks.
+    """
+    if config.device:
+        return torch.device(config.device)
+    cuda = torch.cuda.is_available()
+    begun = (recorded_config(config.out) or {}).get("compute", {}).get("device")
+    if begun == "cuda" and not cuda:
+        raise ConfigMismatch(
+            f"{config.out} was made with other settings (compute.device: cuda -> cpu, there is no cuda "
+            "device here): go on where there is one, or choose another --out"
+        )
+    return torch.device(begun or ("cuda" if cuda else "cpu"))
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads on a CPU; None = as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def precompute(
+    config: PrecomputeConfig, progress: Progress | None = None, *, busy: Busy | None = None
+) -> Manifest:
     """Make a logit dataset, or what is left of it to make; returns its manifest.
+
+    Several calls on one folder, in any number of processes and machines, share the parts; each returns when
+    all of its parts are done. A folder that has a dataset decides the device, the thread count and
+    `row_tokens` of what is added to it, where `config` does not.
+
+    Args:
+        busy: told where the time went.
 
     Raises:
         CorpusError: nothing usable in the corpus, or more of it dropped than `max_dropped`.
         ModelError: a model folder that cannot be used, or a teacher whose output is not finite.
         ConfigMismatch: `out` holds a dataset made with other settings.
+        ShardError: `out` cannot be written (disk full, folder gone, ...); the same call goes on afterwards.
         Interrupted: Ctrl-C; the same call goes on where it was.
+        TideError: a worker process was killed; the same call goes on where it was.
     """
     tell = progress or (lambda done, total, message: None)
     tell(0, config.limit, "loading models")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config)
     corpus = open_corpus(config.corpus, limit=config.limit)
     ranges = cut(corpus, config.samples_per_part)
     first = next(ranges, None)  # a corpus that cannot be read is found out before a teacher is loaded
     if first is None:
         raise CorpusError(f"{config.corpus}: no rows to use")
     preparer = make_preparer(config)
-    teacher = load_teacher(
-        config.teacher, attention=config.teacher_attention, dtype=DTYPES[config.dtype], device=device
-    )
-    return make_dataset(config, corpus, chain([first], ranges), preparer, teacher, tell)
+    count = WORKERS.get(device.type, WORKERS["cuda"]) if config.workers is None else config.workers
+    with Workers(count, preparer) as workers:
+        teacher = load_teacher(
+            config.teacher, attention=config.teacher_attention, dtype=DTYPES[config.dtype], device=device
+        )
+        parts = chain([first], ranges)
+        return make_dataset(config, corpus, parts, preparer, teacher, workers, tell, busy or Busy())
 
 
 def make_dataset(
@@ -200,7 +141,9 @@ def make_dataset(
     ranges: Iterator[Range],
     preparer: Preparer,
     teacher: Teacher,
+    workers: Workers,
     progress: Progress,
+    busy: Busy,
 ) -> Manifest:
     """`precompute`, its corpus and models at hand."""
     spec, kind = teacher.spec, preparer.config.kind
@@ -212,6 +155,8 @@ def make_dataset(
         compdemo=config.compdemo,
         demo_ratio=config.demo_ratio,
     )
+    first = next(ranges)
+    ranges = chain([first], ranges)
     block_size = spec.block_size or config.block_size
     row_tokens = config.row_tokens or default_row_tokens(
         preparer.config.teacher_length,
@@ -219,6 +164,7 @@ def make_dataset(
         attention=spec.attention,
         block_size=block_size,
         device=teacher.device,
+        token_bytes=teacher.token_bytes,
     )
     asking = Asking(
         mask_id=spec.mask_token_id,
@@ -228,6 +174,19 @@ def make_dataset(
         row_tokens=row_tokens,
         compdemo=config.compdemo,
     )
+    coding = Coding(config.codec)
+    if kind == "shared":
+        coding = make_coding(
+            config,
+            teacher,
+            vocab_size=shared_size(config, preparer, spec),
+            states=lambda: calibration(teacher, first, preparer, noise, asking, progress),
+        )
+    elif config.fidelity or table_of(config.codec):
+        raise UsageError(
+            "a cross-tokenizer dataset stores chunk log-probs, not distributions: leave out --fidelity, "
+            "--sketch and --codec exact"
+        )
     identity = manifest_config(
         config,
         corpus=corpus,
@@ -236,60 +195,56 @@ def make_dataset(
         spec=spec,
         row_tokens=row_tokens,
         device=teacher.device,
+        coding=coding.config(),
     )
     targets = Targets(
-        codec=None if kind == "cross" else config.codec,
+        codec=None if kind == "cross" else coding.codec,
         vocab_size=identity["shared_vocab_size"] or spec.vocab_size,
         head_rows=config.head_rows,
+        sketch=coding.sketch,
     )
-    worker, workers = config.worker()
+    i, n = config.worker()
     limit = DropLimit(corpus, config.max_dropped)
+    begun = ["compute.threads", *([] if config.row_tokens else ["compute.row_tokens"])]
+    with DatasetWriter(config.out, kind, identity, take_over=begun, verify=config.verify_parts) as writer:
+        compute = writer.config["compute"]
+        asking = replace(asking, row_tokens=compute["row_tokens"])
+        at_once = rows_at_once(asking.row_tokens, device=teacher.device, token_bytes=teacher.token_bytes)
+        pace = Pace(rows=at_once, head_rows=config.head_rows)
 
-    def at(work: Range, done: int) -> None:
-        progress(work.first + done, config.limit, f"part {work.part}")
-
-    with DatasetWriter(config.out, kind, identity) as writer:
+        parts = (
+            (work, claim, workers.prepare(work.conversations, noise, asking) if claim else None)
+            for work, claim in unfinished(ranges, writer, mine=lambda part: part % n == i)
+        )
+        ask = partial(ask_all, teacher, asking=asking, targets=targets, pace=pace)
         try:
-            for work in ranges:
-                done = writer.finished().get(work.part, (0, 0))
-                if work.part % workers != worker or done[1] >= work.last:
-                    continue
-                at(work, 0)
-                preparer.notes.clear()
-                ready = limit.prepare(work, preparer, shifted=spec.shifted)
-                rows, tokens = make_part(
-                    teacher,
-                    ready.samples,
-                    [plans_of(s, noise) for s in ready.samples],
-                    asking=asking,
-                    targets=targets,
-                    progress=partial(at, work),
-                )
-                counts = part_report(ready, rows)
-                counts |= {"teacher_tokens": tokens, "notes": dict(preparer.notes)}
-                writer.write_part(work.part, work.first, work.last, rows, counts)
-                at(work, work.last - work.first)
+            with busy.loop, torch_threads(compute["threads"]):
+                make_parts(config, parts, limit, ask, writer, workers, progress, busy)
         except KeyboardInterrupt as e:
-            parts = ", ".join(map(str, sorted(writer.finished()))) or "none"
+            done = _listed(writer.finished())
             raise Interrupted(
-                f"interrupted; finished parts in {config.out}: {parts}; the same command goes on from there"
+                f"interrupted; finished parts in {config.out}: {done}; the same command goes on from there"
             ) from e
         if not writer.finished():
             raise UsageError(f"part {config.part}: the corpus has no part for this worker; use fewer workers")
-        return writer.finish({"skipped_at": corpus.skipped_at})
+        fidelity = None
+        if config.fidelity and (writer.fidelity or {}).get("asked") != config.fidelity:
+            progress(0, config.limit, "measuring fidelity")
+            coder = Coder(
+                codec=coding.codec,
+                targets=targets,
+                table=coding.table,
+                head=lambda hidden: teacher.head(hidden.to(DTYPES[config.dtype])),
+                vocab_size=writer.settings.student.vocab_size,
+                device=teacher.device,
+            )
+            with torch_threads(compute["threads"]):
+                samples = first_samples(first, preparer, config.fidelity, shifted=spec.shifted)
+                states = partial(state_rows, teacher, samples, noise, asking)
+                fidelity = measured(config.out, config.fidelity, states, coder)
+        return writer.finish(fidelity=fidelity)
 
 
-def part_report(ready: Prepared, rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts of a part that the totals of its rows do not show; summed over parts in the manifest."""
-    report: dict[str, Any] = {
-        "corpus_rows": len(ready.samples) + ready.dropped.total(),
-        "dropped": dict(ready.dropped),
-        "content_tokens": ready.content_tokens,
-        "unaligned_tokens": dict(ready.unaligned),
-    }
-    chunks = [r.chunks.logp for r in rows if r.chunks is not None]
-    if chunks:
-        logp = np.concatenate(chunks)
-        report["active_chunks"] = len(logp)
-        report["chunks_above_half"] = int((np.exp(logp / HALF_TEMPERATURE) > 0.5).sum())
-    return report
+def _listed(parts: Collection[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, sorted(parts)[:most])) or "none"
+    return f"{shown}, ... ({len(parts)} in all)" if len(parts) > most else shown

@@ -30,7 +30,8 @@ def log_softmax64(logits: torch.Tensor, vocab_size: int | None = None) -> np.nda
 
 
 def identity(x: torch.Tensor) -> torch.Tensor:
-    return x
+    """The logits themselves; a head gives a tensor that may be overwritten."""
+    return x.clone()
 
 
 @pytest.mark.parametrize("head_rows", [1, 8, 1000])
@@ -66,6 +67,52 @@ def test_sparse(
     assert np.isnan(golds[gold.numpy() >= vocab_size]).all()
     inside = gold.numpy() < vocab_size
     np.testing.assert_allclose(golds[inside], logp[inside, gold.numpy()[inside]], atol=1e-4)
+
+
+def test_any_temperature_and_far_tails(gold: torch.Tensor) -> None:
+    """Temperatures other than 1 and 2, tails hundreds of nats down, tokens that cannot occur (-inf), and
+    fewer possible tokens than entries: all against float64."""
+    g = torch.Generator().manual_seed(1)
+    far = torch.randn(4, V, generator=g) - 300 * (torch.arange(V) >= 3)
+    never = torch.randn(4, V, generator=g).masked_fill(torch.arange(V) % 3 == 0, -torch.inf)
+    few = torch.randn(4, V, generator=g).masked_fill(torch.arange(V) >= 2, -torch.inf)
+    temperatures = (0.5, 1.0, 1.5, 2.0, 5.0)
+    for x in (far, never, few):
+        target, _ = reduce_sparse(
+            x, gold[:4], identity, vocab_size=V, cap=3, tail_bound=0.0, temperatures=temperatures, head_rows=8
+        )
+        logp, at = log_softmax64(x), 0
+        for i, n in enumerate(target.counts):
+            rest = np.delete(logp[i], target.ids[at : at + n])
+            with np.errstate(divide="ignore"):
+                exact = [np.logaddexp.reduce(rest / T) for T in temperatures]
+            np.testing.assert_allclose(target.tails[i], exact, rtol=1e-5, atol=1e-4)
+            at += n
+
+
+def test_no_second_chunk_of_logits_is_made(logits: torch.Tensor, gold: torch.Tensor) -> None:
+    """Whatever is made beside a chunk of logits is smaller than the chunk."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else [out]:
+                if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() != chunk:
+                    made.append(x.untyped_storage().nbytes())
+            return out
+
+    wide = torch.randn(8, 5000)
+    chunk = wide.untyped_storage().data_ptr()
+    with Watch():
+        reduce_sparse(
+            wide, gold[:8], lambda x: x, vocab_size=5000, cap=8, tail_bound=1e-3,
+            temperatures=TEMPERATURES, head_rows=8,
+        )  # fmt: skip
+    assert made
+    assert max(made) < wide.untyped_storage().nbytes() / 10
 
 
 def test_whole_vocabulary_kept_leaves_no_tail(logits: torch.Tensor, gold: torch.Tensor) -> None:

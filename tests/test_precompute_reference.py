@@ -11,13 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from precompute.config import PrecomputeConfig
 from precompute.first_search import Reading, first_ranges, first_regions
+from precompute.inputs import Asking
 from precompute.prepare import Drop, PrepareConfig, Preparer
-from precompute.runner import DropLimit, Range
+from precompute.ready import prepare
 from precompute.sample import ChunkSpans, Conversation, Message, Sample
 from precompute.templates import render
 from precompute.tokens import byte_offsets
 from shards.align import align_chunks
 from shards.errors import UsageError
+from shards.noise import NoiseConfig
 
 CROSS = [
     "A_cd_s1",
@@ -147,9 +149,11 @@ def test_overlaps_are_counted(
     student_tokenizer: PreTrainedTokenizerFast, teacher_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """A row whose chunks overlap gives no sample, for this reason, in the counts that a run reports."""
-    work = Range(0, 0, 2, [chat("say yes", "yes"), chat("hi", "hello")], Counter())
-    corpus: Any = None  # named in errors alone
-    ready = DropLimit(corpus, 1.0).prepare(work, preparer(student_tokenizer, teacher_tokenizer))
+    asking = Asking(
+        mask_id=302, attention="bidirectional", block_size=4, shifted=False, row_tokens=512, compdemo=True
+    )
+    talks = [chat("say yes", "yes"), chat("hi", "hello")]
+    ready = prepare(talks, preparer(student_tokenizer, teacher_tokenizer), NoiseConfig(unit="chunk"), asking)
     assert (len(ready.samples), ready.dropped) == (1, Counter({"overlapping chunks": 1}))
 
 

@@ -16,8 +16,9 @@ from precompute.teachers import llada2
 from precompute.teachers.base import TransformersTeacher
 from precompute.teachers.checkpoint import weights_hash
 from precompute.teachers.load import load_teacher, read_config
-from shards.errors import ModelError
+from shards.errors import ModelError, UsageError
 from student.attention import Coordinates
+from student.forward import hidden_at
 
 MakeFolder = Callable[..., Path]
 
@@ -225,3 +226,19 @@ def test_one_line_for_a_folder_that_cannot_be_used(
     with pytest.raises(ModelError, match=message) as e:
         load_teacher(make(folder, tmp_path))
     assert "\n" not in str(e.value)
+
+
+def test_experts_in_one_grouped_product_equal_those_in_a_loop(folder: MakeFolder) -> None:
+    """The library's grouped GEMM is what a LLaDA2 teacher runs; its outputs are those of the loop over
+    experts."""
+    moe = folder("teacher_moe", mask_token_id=302)
+    grouped, looped = (load_teacher(moe, experts=e).model for e in llada2.EXPERTS)
+    assert grouped.config._experts_implementation == "grouped_mm"
+    assert looped.config._experts_implementation == "eager"
+    ids = torch.arange(24)[None]
+    at = Coordinates(ids * 0, ids * 0, ids // 4, ids)
+    with torch.inference_mode():
+        a, b = (hidden_at(m, ids, ids, at, ids[0], "bidirectional") for m in (grouped, looped))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="experts must be one of grouped_mm, eager, got 'sonic'"):
+        load_teacher(moe, experts="sonic")

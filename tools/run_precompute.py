@@ -29,7 +29,7 @@ def precompute(
     corpus: Annotated[
         str, opt("JSONL or Parquet path, `datasets` id, builtin:stdlib, or a mixture (below).", "SPEC")
     ],
-    out: Annotated[Path, opt("Folder of the logit dataset; an unfinished one is resumed.", "DIR")],
+    out: Annotated[Path, opt("Folder of the logit dataset; an unfinished one is resumed or joined.", "DIR")],
     limit: Annotated[int | None, opt("Read only the first N corpus rows (default: all).", "N", TEXT)] = None,
     holdout: Annotated[
         float, opt("Share of samples kept out of training, for tide eval.", "SHARE", TEXT)
@@ -59,20 +59,40 @@ def precompute(
         str, opt("Tokenizer pipeline; auto compares the two.", "auto|shared|cross", TARGETS)
     ] = "auto",
     codec: Annotated[
-        str, opt("How distributions are stored (kind shared).", "sparse|dense", TARGETS)
+        str, opt("How distributions are stored (below; kind shared).", "sparse|exact|dense", TARGETS)
     ] = "sparse",
     head_entries: Annotated[int, opt("Sparse: most tokens kept per position.", "K", TARGETS)] = 64,
     tail_bound: Annotated[
         float, opt("Sparse: keep fewer once only this mass is left.", "MASS", TARGETS)
     ] = 1e-3,
     temperatures: Annotated[str, opt("Sparse: temperatures training may use.", "T,T", TARGETS)] = "1,2",
+    sketch: Annotated[
+        int, opt("Sparse: coefficients of the tail's shape per position (0: none).", "R", TARGETS)
+    ] = 0,
+    sketch_step: Annotated[float, opt("Sparse: their step.", "D", TARGETS)] = 0.4,
+    sketch_mix: Annotated[
+        float, opt("Sparse: weight of the student's shape where the sketch is silent.", "B", TARGETS)
+    ] = 0.6,
+    sketch_from: Annotated[
+        str | None, opt("Sparse: take the basis of this file or dataset.", "FILE|DATASET", TARGETS)
+    ] = None,
+    fidelity: Annotated[
+        int | None, opt("Score N samples densely too; measures go into the manifest.", "N", TARGETS)
+    ] = None,
     shared_vocab_size: Annotated[
         int | None, opt("First N ids are compared (default: those that agree).", "N", TARGETS)
     ] = None,
     teacher_attention: Attention = None,
     part: Annotated[
-        str, opt("Only parts I, I + N, ...; runs into one --out take turns.", "I/N", WORK)
+        str, opt("Only parts I, I + N, ... (runs on one --out share the parts without).", "I/N", WORK)
     ] = "0/1",
+    verify_parts: Annotated[
+        bool, opt("Hash the parts on disk, make damaged ones again (default: sizes).", None, WORK)
+    ] = False,
+    workers: Annotated[
+        int | None,
+        opt("Processes beside the model (default: 0 on cpu, else 2).", "N", WORK),
+    ] = None,
     samples_per_part: Annotated[int, opt("Corpus rows per part; a stop loses one part.", "N", WORK)] = 256,
     row_tokens: Annotated[
         int | None, opt("Packed teacher row (default: by device and length).", "TOKENS", WORK)
@@ -84,22 +104,37 @@ def precompute(
 ) -> None:
     r"""Run a teacher over masked samples and write what it says as a logit dataset.
 
-    Stopped at any moment, the same command goes on where it was.
+    Codec sparse keeps each position's most probable tokens and the mass of the rest; a sketch adds its shape.
+    exact keeps the last hidden state and, once, the LM head: teacher weights, under the teacher's licence.
+
+    Stopped at any moment, the same command goes on where it was. Run by several processes or machines on one
+    --out, it shares the parts among them; each ends when all parts are done.
 
     A SPEC may join several corpora with +, each \[WEIGHT*]NAME\[:CONFIG]\[#SPLIT]\[\[FIELD:VALUE,...]], as in
     2*allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all+OpenCoder-LLM/opc-sft-stage1\[lang:python].
     Weights are rates: shares of the first N rows, whatever N. A row passes a filter if its FIELD has the
     VALUE, or one of several (lang:python|c); lang of rows without such a field looks for VALUE in the answer.
     """
+    from precompute.busy import Busy
     from precompute.config import PrecomputeConfig
     from precompute.runner import precompute as run
-    from shards.codec import DenseCodec, SparseCodec
+    from shards.codec import Codec, DenseCodec, ExactCodec, SparseCodec
 
-    if codec not in ("sparse", "dense"):
-        raise UsageError(f"codec must be one of sparse, dense, got {codec!r}")
-    sparse = SparseCodec(
-        cap=head_entries, tail_bound=tail_bound, temperatures=numbers(temperatures, "temperatures")
-    )
+    codecs: dict[str, Codec] = {
+        "sparse": SparseCodec(
+            cap=head_entries,
+            tail_bound=tail_bound,
+            temperatures=numbers(temperatures, "temperatures"),
+            sketch=sketch,
+            sketch_wide=sketch,
+            sketch_step=sketch_step,
+            sketch_mix=sketch_mix,
+        ),
+        "exact": ExactCodec(),
+        "dense": DenseCodec(),
+    }
+    if codec not in codecs:
+        raise UsageError(f"codec must be one of {', '.join(codecs)}, got {codec!r}")
     settings = PrecomputeConfig(
         teacher=teacher,
         student=student,
@@ -119,21 +154,31 @@ def precompute(
         compdemo=compdemo,
         demo_ratio=demo_ratio,
         kind=kind,  # type: ignore[arg-type]
-        codec=sparse if codec == "sparse" else DenseCodec(),
+        codec=codecs[codec],
+        sketch_from=sketch_from,
+        fidelity=fidelity,
         shared_vocab_size=shared_vocab_size,
         teacher_attention=teacher_attention,  # type: ignore[arg-type]
         part=part,
+        verify_parts=verify_parts,
+        workers=workers,
         samples_per_part=samples_per_part,
         row_tokens=row_tokens,
         dtype=dtype,
         device=device,
     )
+    busy = Busy()
     with saved_options(ctx, out / "tide-precompute.yaml") as saved, Progress() as progress:
-        manifest = run(settings, saved(progress.line("precompute", "corpus rows")))
+        manifest = run(settings, saved(progress.line("precompute", "corpus rows")), busy=busy)
     output, totals = Output(as_json=json), manifest.totals
     samples = ", ".join(f"{n:,} {split}" for split, n in totals["samples"].items())
     size = f"{totals['rows']:,} rows of {samples} samples, {totals['bytes'] / 1e6:,.1f} MB"
     output.say(f"{out}: {size}, kind {manifest.kind}")
+    for f in manifest.settings.files:
+        licence = f.licence or "not stated by the teacher's folder"
+        output.say(f"{out / f.file}: {f.what}, {f.bytes / 1e6:,.1f} MB, licence: {licence}")
+    if manifest.fidelity is not None:
+        output.say(fidelity_line(manifest.fidelity))
     for line in losses(manifest.report):
         output.say(line)
     if (share := above_half(manifest.report)) is not None:
@@ -141,6 +186,8 @@ def precompute(
             f"{share:.0%} of the active chunks have a tempered teacher probability (T = 2) above one half; "
             "reverse-calm pushes the student away from the text of the others"
         )
+    if busy.share is not None:
+        output.say(f"the model was busy for {busy.share:.1%} of {busy.working_s:,.1f} s")
     output.result(
         {
             "command": "precompute",
@@ -149,7 +196,20 @@ def precompute(
             "identity": manifest.identity,
             "totals": totals,
             "report": manifest.report,
+            "fidelity": manifest.fidelity,
+            "busy": busy.share,
         }
+    )
+
+
+def fidelity_line(measured: dict[str, Any]) -> str:
+    """The record of `--fidelity` in a line."""
+    cosines = ", ".join(f"{name} {value:.3f}" for name, value in measured["gradient_cosine"].items() if value)
+    size = measured["bytes_per_masked_position"]["all"]
+    kl = f", KL from the dense teacher {measured['kl_mean']:.4f} nats" if "kl_mean" in measured else ""
+    return (
+        f"fidelity at {measured['positions']:,} positions: {size:.1f} bytes each{kl}; cosine of gradients at "
+        f"T {measured['temperature']:g}: {cosines}"
     )
 
 

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from precompute.budget import token_bytes
+from precompute.teachers.stack import read_hidden
+from shards.errors import ModelError
 from student.attention import Coordinates
-from student.forward import hidden_at
 from student.layout import Attention
 
 
@@ -52,13 +54,26 @@ class Teacher(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of activations that a token adds to a forward at its peak."""
+        ...
+
     def hidden(self, ids: Tensor, position: Tensor, at: Coordinates, read: Tensor) -> Tensor:
         """[Q, H]: last hidden states at `read`, flat indices into the [R, P] rows `ids`, `position` and
         `at`."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
-        """[q, V] float32 logits of [q, H] hidden states."""
+        """[q, V] float32 logits of [q, H] hidden states, a new tensor that the caller may overwrite."""
+        ...
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """[V, H] and [V]: weight and bias of the head.
+
+        Raises:
+            ModelError: it is not a linear map.
+        """
         ...
 
 
@@ -77,10 +92,23 @@ class TransformersTeacher:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def token_bytes(self) -> int:
+        return token_bytes(self.model.config, self.model.dtype)
+
     @torch.no_grad()
     def hidden(self, ids: Tensor, position: Tensor, at: Coordinates, read: Tensor) -> Tensor:
-        return hidden_at(self.model, ids, position, at, read, self._spec.attention)
+        return read_hidden(self.model, ids, position, at, read, self._spec.attention)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            raise ModelError(
+                f"{self._spec.name}: its head is a {type(head).__name__}, not a linear map, which the exact "
+                "codec and sketches need: use --codec sparse without --sketch"
+            )
+        return head.weight, head.bias

@@ -19,9 +19,12 @@ from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from precompute.teachers.checkpoint import Entry, load_weights
-from shards.errors import ModelError
+from shards.errors import ModelError, UsageError
 
 MODEL_TYPE = "llada2_moe"
+EXPERTS = ("grouped_mm", "eager")
+"""How the library multiplies by experts: all in one grouped GEMM, or in a loop over them. On a CPU with the
+256 experts of LLaDA2.0 the first takes half the time; with 64 and many tokens for each, up to half more."""
 KEPT_IN_FLOAT32 = "e_score_correction_bias"
 """The router's selection bias: rounding it changes which experts are chosen."""
 
@@ -153,13 +156,20 @@ def load_llada2(
     dtype: torch.dtype,
     device: torch.device | str,
     attn_implementation: str,
+    experts: str = "grouped_mm",
 ) -> Glm4MoeForCausalLM:
     """Read a published checkpoint.
 
+    Args:
+        experts: one of `EXPERTS`.
+
     Raises:
-        ModelError: tensors are missing, left over, or of the wrong shape (names them).
+        UsageError: `experts` is none of them. ModelError: this machine cannot do it, or tensors are missing,
+            left over, or of the wrong shape (names them).
     """
-    return load_weights(
+    if experts not in EXPERTS:
+        raise UsageError(f"experts must be one of {', '.join(EXPERTS)}, got {experts!r}")
+    model = load_weights(
         folder,
         Glm4MoeForCausalLM,
         config,
@@ -170,6 +180,11 @@ def load_llada2(
         tied={"lm_head.weight": "model.word_embeddings.weight"} if config.tie_word_embeddings else None,
         float32=KEPT_IN_FLOAT32,
     )
+    try:  # asked for by name, the library refuses where it would otherwise fall back to the loop
+        model.set_experts_implementation(experts)
+    except (ValueError, ImportError) as e:
+        raise ModelError(f"{folder}: experts {experts} cannot run here ({' '.join(str(e).split())})") from e
+    return model
 
 
 def to_llada2(model: Glm4MoeForCausalLM) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,10 +15,11 @@ from precompute.teachers.checkpoint import weights_hash
 from precompute.teachers.families import SECTION, Family, family_of
 from shards.errors import ModelError, UsageError
 from student.layout import Attention
+from student.run_attention import RUNS
 from student.tokenizer import load_tokenizer, read_tokenizer
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-"""What a teacher needs from the hub; never code."""
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md"]
+"""What a teacher needs from the hub, and its card, which names its licence; never code."""
 
 
 def teacher_folder(path_or_id: str | Path) -> tuple[Path, str | None]:
@@ -98,12 +99,14 @@ def load_teacher(
     attention: Attention | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    experts: str = "grouped_mm",
 ) -> TransformersTeacher:
     """A frozen teacher from a transformers folder or hub id; runs no code of the checkpoint.
 
     Args:
         path_or_id: see `teacher_folder`.
         attention: how its streams attend; None = the family's own way.
+        experts: of a mixture of experts, one of `llada2.EXPERTS`.
 
     Raises:
         ModelError: missing folder, unknown family, weights missing or left over, no mask token.
@@ -121,14 +124,16 @@ def load_teacher(
     how: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
-        "attn_implementation": "flex_attention" if torch.device(device).type == "cuda" else "sdpa",
+        "attn_implementation": "flex_attention" if torch.device(device).type == "cuda" else RUNS,
     }
     name = str(folder / "config.json")
     moe = family.structure == "llada2"
     config = llada2.glm_config(published, name) if moe else dense.dense_config(published, family, name)
     mask = mask_token_id(folder, published, family, config.vocab_size)  # before gigabytes are read
     model: Any = (
-        llada2.load_llada2(folder, config, **how) if moe else dense.load_dense(folder, published, **how)
+        llada2.load_llada2(folder, config, experts=experts, **how)
+        if moe
+        else dense.load_dense(folder, published, **how)
     )
     spec = TeacherSpec(
         name=str(path_or_id).partition("@")[0] if commit else folder.resolve().name,
