@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from commands import Tide, runner
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -40,6 +41,12 @@ I32 = np.int32
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tide:
+    """Run `tide ARGUMENTS` and return its exit code, standard output and standard error."""
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

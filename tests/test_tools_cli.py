@@ -9,12 +9,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from commands import Tide, refused
 
 from precompute.config import PrecomputeConfig
 from shards.codec import SparseCodec
@@ -25,22 +24,6 @@ from student.schedule import LambdaSchedule
 from tools import cli, console
 from tools.options import numbers
 
-Tide = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def tide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tide:
-    """Run `tide ARGUMENTS` and return its exit code, standard output and standard error."""
-
-    def run(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["tide", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code, out=out, err=err)
-
-    return run
-
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
@@ -48,15 +31,6 @@ def corpus(tmp_path: Path) -> Path:
     rows = [{"instruction": f"Say {i}.", "output": f"{i} and {i + 1} follow."} for i in range(8)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
-
-
-def refused(result: SimpleNamespace, code: int, *words: object) -> None:
-    """The command failed with this code and one line of standard error that holds these words."""
-    assert result.err.count("\n") == 1, result.err
-    assert result.err.startswith("error: ")
-    assert result.code == code, result.err
-    for word in words:
-        assert str(word) in result.err
 
 
 # What people type
@@ -121,7 +95,7 @@ def test_defaults_are_those_of_the_packages() -> None:
         "lambda_decay": "decay",
         "lambda_axes": "axes",
     }
-    as_text = {"codec", "temperatures"}
+    as_text = {"codec", "temperatures", "report_to", "steps"}  # steps may also be given as --epochs
     for options, owners in (
         (precompute, (PrecomputeConfig, SparseCodec)),
         (train, (TrainConfig, Objective, LambdaSchedule)),

@@ -14,11 +14,17 @@ from typing import Annotated
 import typer
 
 from tools.console import guard, set_up_logging
+from tools.run_bench import bench
+from tools.run_compare import compare
 from tools.run_demo import demo
 from tools.run_eval import evaluate
 from tools.run_export import export
+from tools.run_generate import generate
+from tools.run_plan import plan
 from tools.run_precompute import precompute
+from tools.run_share import merge, pull, push
 from tools.run_train import train
+from tools.run_verify import verify
 
 app = typer.Typer(
     name="tide",
@@ -30,8 +36,16 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(precompute)
 app.command()(train)
+app.add_typer(plan, name="plan")
 app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(generate)
 app.command()(export)
+app.command()(verify)
+app.command()(push)
+app.command()(pull)
+app.command()(merge)
+app.add_typer(bench)
 
 
 @app.callback(invoke_without_command=True)

@@ -17,7 +17,7 @@ import yaml
 
 from shards.atomic import write_atomic
 from shards.errors import UsageError
-from tools.console import Report, is_main_process
+from tools.console import Progress, Report, is_main_process
 
 NOT_SAVED = ("config", "json", "help")
 """Options about the call itself rather than about what it makes."""
@@ -102,6 +102,12 @@ def saved_options(ctx: typer.Context, path: Path) -> Iterator[Callable[[Report],
 def opt(text: str, metavar: str | None = None, panel: str | None = None) -> Any:
     """An option with its help text (units said there), the name of its value, and its group in `--help`."""
     return typer.Option(help=text, metavar=metavar, rich_help_panel=panel)
+
+
+def megabytes(progress: Progress, title: str) -> Callable[[float, float | None], None]:
+    """The line of a title, as what workers call with bytes done and bytes in all."""
+    line = progress.line(title, "MB")
+    return lambda done, total: line(done / 1e6, None if total is None else total / 1e6)
 
 
 def numbers(text: str, flag: str) -> tuple[float, ...]:
