@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 OUT ?= demo-out
 BIN := $(VENV)/bin
-SETUP_FILES := pyproject.toml constraints-cpu.txt .ci/setup
+SETUP_FILES := pyproject.toml constraints-cpu.txt constraints-test.txt .ci/setup
 
 .PHONY: help demo demo-quick test test-slow lint clean
 

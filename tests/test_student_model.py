@@ -177,3 +177,13 @@ def test_unusable_models_are_refused_in_one_line(tmp_path: Path, qwen3_folder: P
     assert "model.norm.weight" in refusal(qwen3_folder)
     (qwen3_folder / "model.safetensors").unlink()
     assert "weights cannot be loaded" in refusal(qwen3_folder)
+
+
+def test_attention_is_this_machines_not_the_checkpoints(qwen3_folder: Path, tmp_path: Path) -> None:
+    """How attention is computed is chosen at loading; no saved config asks for it."""
+    model, tokenizer = load_student(qwen3_folder)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "config.json").read_text()
+    assert "attn_implementation" not in text
+    assert model.config._attn_implementation not in text

@@ -20,11 +20,12 @@ from shards.noise import NoiseConfig
 from shards.row import Row
 from shards.schema import Kind
 from shards.synthetic import synthetic_rows
-from student.attention import attention_mask
 from student.batch import collate
+from student.forward import mask_argument
 from student.fused import FusedLoss
 from student.model import A2DQwen3Config, A2DQwen3LMHeadModel
 from student.objective import Objective, parse_objective
+from student.run_attention import RUNS
 from student.tensors import Batch, LossOut
 
 BLOCK, VOCAB, SHARED, MASK, PAD = 8, 304, 300, 303, 302
@@ -35,8 +36,8 @@ OBJECTIVES: dict[Kind, str] = {
 }
 
 
-@pytest.fixture(scope="module")
-def student() -> A2DQwen3LMHeadModel:
+@pytest.fixture(scope="module", params=["sdpa", RUNS])
+def student(request: pytest.FixtureRequest) -> A2DQwen3LMHeadModel:
     torch.manual_seed(0)
     config = A2DQwen3Config(
         vocab_size=VOCAB,
@@ -49,6 +50,7 @@ def student() -> A2DQwen3LMHeadModel:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.2,  # large enough that attending to a wrong token shows
+        attn_implementation=request.param,
     )
     return A2DQwen3LMHeadModel(config)
 
@@ -104,10 +106,10 @@ def packed_step(model: Any, batch: Batch, objective: Objective) -> LossOut:
     return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=attention_mask("staircase", batch.at, model),
         read=batch.read,
         loss_head=FusedLoss(objective, logits_bytes=4 * VOCAB * 20).about(batch, 0.4),
         use_cache=False,
+        **mask_argument("staircase", batch.at, model),
     )
 
 
@@ -132,7 +134,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def test_packed_equals_padded(student: Any, kind: Kind, dense: bool, seed: int) -> None:
     """Rows of one to ten blocks, one of them with nothing masked, one with everything."""
     rows = draw(kind, 10 * seed, 7, dense=dense)
-    bare = {"positions": None, "chunks": None}
+    bare: dict[str, Any] = {"positions": None, "chunks": None}
     if seed:
         rows[3] = replace(rows[3], masked=np.zeros_like(rows[3].masked), **empty_targets(kind, rows[3]))
     batch = make_batch(kind, rows)
@@ -172,3 +174,15 @@ def test_views_share_a_clean_stream(student: Any, kind: Kind) -> None:
     tokens = [int((batch.at.sample >= 0).sum()) for batch in (apart, shared)]
     assert tokens[1] < 0.8 * tokens[0]
     assert apart.counts == shared.counts
+
+
+def test_layers_that_run_twice_give_the_same_gradients(student: Any) -> None:
+    """Gradient checkpointing hands the packed rows' attention on to the second run."""
+    rows, objective = draw("shared", 0, 4), parse_objective("tidal")
+    batch = make_batch("shared", rows)
+    student.train().gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        ours = packed_step(student, batch, objective)
+        assert_same_step(student, ours, padded_step(student, rows, batch, objective))
+    finally:
+        student.gradient_checkpointing_disable()
