@@ -31,6 +31,7 @@ from student.objective import parse_objective
 from student.tables import dataset_table
 from student.tensors import with_table
 from student.trainer import train
+from tools.run_precompute import fidelity_line
 
 Make = Callable[..., PrecomputeConfig]
 SKETCH = SparseCodec(cap=12, sketch=6, sketch_step=0.1)
@@ -197,6 +198,7 @@ def test_fidelity_is_in_the_manifest_and_the_same_for_all(make: Make, tmp_path: 
         assert abs(measured["kl_mean"]) < 1e-5
         assert min(measured["gradient_cosine"].values()) > 0.9999
     assert "Fidelity" in card(single)
+    assert f"{measured['positions']} positions: {sizes['all']:.1f} bytes each" in fidelity_line(measured)
     assert json.loads((tmp_path / "one" / "manifest.json").read_text())["fidelity"] == measured
 
 
