@@ -253,9 +253,9 @@ def test_runs_cost_what_their_pairs_cost() -> None:
 def test_tokens_run(attention: str, seed: int, views: int) -> None:
     """The number of tokens run, from the layout rule alone.
 
-    The clean blocks before the last noisy one that is asked about, once, and the asked blocks of each half; or,
-    where nothing is shared, each half's stream as far as it is looked at. The naive layout runs every half
-    whole, with x0 beside it for the staircase.
+    The clean blocks before the last noisy one that is asked about, once, and the asked blocks of each half;
+    or, where nothing is shared, each half's stream as far as it is looked at. The naive layout runs every
+    half whole, with x0 beside it for the staircase.
     """
     teacher = TEACHERS[attention, False]
     rng = np.random.default_rng(seed)
