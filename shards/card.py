@@ -44,7 +44,7 @@ def card(manifest: Manifest, name: str = "logit dataset") -> str:
         "CompDemo": f"halves of {m.noise.demo_ratio:g}" if m.noise.compdemo else "no",
         "targets": "log-probs of chunks" if m.kind == "cross" else _codec(m.codec),
         **{
-            f"file {f.file}": f"{f.what}, {f.bytes / 1e6:,.1f} MB, licence: {f.licence or 'not stated'}"
+            f"file {f.file}": f"{f.what}, {f.bytes:,} bytes, licence: {f.licence or 'not stated'}"
             for f in m.settings.files
         },
         "format version": m.format_version,

@@ -27,9 +27,14 @@ _KIND = "dataset"
 
 def pinned(repo: HubRepo) -> HubRepo:
     """The repo at the commit its revision stands for now. Raises: ShardError: no such repo or revision."""
-    with failing(f"cannot reach {repo.url}"), _known(repo):
+    with failing(f"cannot reach {repo.url}", _or_folder(repo)), _known(repo):
         info = HfApi().repo_info(repo.name, repo_type=_KIND, revision=repo.revision)
     return HubRepo(repo.name, str(info.sha))
+
+
+def _or_folder(repo: HubRepo) -> str:
+    """OWNER/NAME may have been meant as a path whose folder is not there."""
+    return f"try again later; if a folder was meant, write ./{repo.name}"
 
 
 class HubStore:
@@ -54,7 +59,7 @@ class HubStore:
 
     def published(self) -> bytes | None:
         try:
-            with failing(f"cannot reach {self.repo.url}"):
+            with failing(f"cannot reach {self.repo.url}", _or_folder(self.repo)):
                 self._look()
         except ShardError as e:
             # Whether it is missing or hidden is not told; making it decides.

@@ -37,7 +37,9 @@ from shards.untrusted import parse
 
 PROCESSES_PAY = 1 << 26
 """Bytes of shards above which decoding them is worth starting processes for."""
-_OURS = {MANIFEST, CARD, DATASET, ORIGIN, ".lock", ".gitattributes"}
+OPTIONS = "tide-precompute.yaml"
+"""Options of the command that made a dataset, saved beside it."""
+_OURS = {MANIFEST, CARD, DATASET, ORIGIN, OPTIONS, ".lock", ".gitattributes"}
 
 
 _Check = Callable[[tuple[int, ShardRecord]], tuple[str | None, dict[str, Any]]]

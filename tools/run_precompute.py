@@ -119,6 +119,7 @@ def precompute(
     from precompute.config import PrecomputeConfig
     from precompute.runner import precompute as run
     from shards.codec import Codec, DenseCodec, ExactCodec, SparseCodec
+    from shards.verify import OPTIONS
 
     codecs: dict[str, Codec] = {
         "sparse": SparseCodec(
@@ -168,7 +169,7 @@ def precompute(
         device=device,
     )
     busy = Busy()
-    with saved_options(ctx, out / "tide-precompute.yaml") as saved, Progress() as progress:
+    with saved_options(ctx, out / OPTIONS) as saved, Progress() as progress:
         manifest = run(settings, saved(progress.line("precompute", "corpus rows")), busy=busy)
     output, totals = Output(as_json=json), manifest.totals
     samples = ", ".join(f"{n:,} {split}" for split, n in totals["samples"].items())
@@ -176,7 +177,7 @@ def precompute(
     output.say(f"{out}: {size}, kind {manifest.kind}")
     for f in manifest.settings.files:
         licence = f.licence or "not stated by the teacher's folder"
-        output.say(f"{out / f.file}: {f.what}, {f.bytes / 1e6:,.1f} MB, licence: {licence}")
+        output.say(f"{out / f.file}: {f.what}, {f.bytes:,} bytes, licence: {licence}")
     if manifest.fidelity is not None:
         output.say(fidelity_line(manifest.fidelity))
     for line in losses(manifest.report):
