@@ -194,6 +194,9 @@ class _WorkerSteps(IterableDataset):
 class _WorkerLoader(DataLoader[Any]):
     """Takes turns between the workers: DataLoader asks them one after the other, so steps come in order."""
 
+    def check_worker_number_rationality(self) -> None:
+        """No warning: whoever asks for more processes than there are cores means it."""
+
     def __iter__(self) -> Any:
         batches: Any = self._batches()
         # At exit, workers must be told to end before multiprocessing sends them the signal they wait after.

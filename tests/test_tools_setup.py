@@ -66,7 +66,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt", "constraints-test.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     machine = Machine(tmp_path)
@@ -80,7 +80,8 @@ def test_without_gpu_the_constrained_torch_comes_first(machine: Machine) -> None
     assert done.returncode == 0, done.stderr
     torch, tide = machine.pip()
     assert torch.endswith(f"torch --constraint {machine.folder / 'constraints-cpu.txt'}")
-    assert tide.endswith("--editable .[test] --constraint env/tide-torch.txt")
+    pins = ("env/tide-torch.txt", machine.folder / "constraints-test.txt")
+    assert tide.endswith(f"--editable .[test] --constraint {pins[0]} --constraint {pins[1]}")
     assert (machine.folder / "env" / "tide-torch.txt").read_text() == "torch==7\n"
 
 
