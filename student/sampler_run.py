@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from student.sampler import BlockSampler
 
 
+CPU_ROWS, CPU_FEW = 16, 3
+"""On a CPU a product with the head takes 265 ms for 15 rows and 104 ms for 16 (MKL, V = 151,936, H = 1,024,
+one thread): more than a few rows are filled up to a multiple."""
+
+
 @dataclass(slots=True)
 class _Row:
     """One sequence being written."""
@@ -139,7 +144,7 @@ class SamplerRun:
         where = masked.to(self.s.device)
         hidden = self._run_block(ids, block)
         picked = hidden.unflatten(0, (self.copies, len(self.rows)))[:, where]  # [copies, M, H]
-        logits = self.s.model.lm_head(picked).float()
+        logits = self._head(picked)
         if self.c.guidance:
             logits = logits[1] + (self.c.guidance + 1) * (logits[0] - logits[1])
         else:
@@ -154,10 +159,16 @@ class SamplerRun:
         for i in live:
             self.rows[i].passes += 1
 
+    def _head(self, hidden: Tensor) -> Tensor:
+        """float32 logits [copies, M, V] of hidden states [copies, M, H]."""
+        rows = hidden.flatten(0, 1)
+        fill = -len(rows) % CPU_ROWS if hidden.device.type == "cpu" and len(rows) > CPU_FEW else 0
+        logits = self.s.model.lm_head(torch.nn.functional.pad(rows, (0, 0, 0, fill)))
+        return logits[: len(rows)].float().unflatten(0, hidden.shape[:2])
+
     def _draw(self, logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """A token for each masked place [M], and the score by which tokens are kept."""
         c = self.c
-        logp = logits.log_softmax(-1)
         if c.temperature:
             probs = (logits / c.temperature).softmax(-1)
             uniform = self._uniform(masked)
@@ -170,7 +181,7 @@ class SamplerRun:
             drawn = logits.argmax(-1)
         if c.remasking == "random":
             return drawn, self._uniform(masked)
-        return drawn, logp.gather(1, drawn[:, None])[:, 0].exp()
+        return drawn, (logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)).exp()
 
     def _uniform(self, masked: Tensor) -> Tensor:
         """[M] uniforms on [0, 1); each row draws a whole block's from its own generator."""
