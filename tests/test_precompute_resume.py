@@ -136,6 +136,7 @@ def test_a_part_that_another_run_finishes_is_waited_for(
     assert contents(config.out) == whole
 
 
+@pytest.mark.slow
 def test_two_commands_at_once(
     model: Path, corpus: Path, make: Any, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

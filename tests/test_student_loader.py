@@ -225,7 +225,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("sent", "end"), [("SIGTERM", "return"), ("SIGINT", "kill")])
+@pytest.mark.parametrize(
+    ("sent", "end"), [("SIGTERM", "return"), pytest.param("SIGINT", "kill", marks=pytest.mark.slow)]
+)
 def test_signals_to_the_whole_job_leave_workers_to_the_trainer(
     folder: Path, tmp_path: Path, sent: str, end: str
 ) -> None:

@@ -92,7 +92,9 @@ def same(a: Path, b: Path) -> None:
     assert load_state(last[0][1]) == load_state(last[1][1])
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "worker" in n else n for n in SETTINGS]
+)
 def test_killed_anywhere_and_resumed(data: Path, student: Path, tmp_path: Path, name: str) -> None:
     """Three kills, at random steps and places, one after another; the end is that of a run left alone."""
     config = SETTINGS[name]
