@@ -35,8 +35,8 @@ def synthetic(kind: Kind, n: int, noise: NoiseConfig = NOISE) -> list[Row]:
     return list(synthetic_rows(0, n, kind=kind, noise=noise, codec=CODEC, max_length=40))
 
 
-def write_student(path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny student with its tokenizer."""
+def small_student(*, tied: bool = True) -> A2DQwen3LMHeadModel:
+    """Random weights, the same at every call."""
     torch.manual_seed(0)
     config = A2DQwen3Config(
         vocab_size=VOCAB,
@@ -47,10 +47,15 @@ def write_student(path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
         num_key_value_heads=1,
         head_dim=16,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
     )
-    A2DQwen3LMHeadModel(config).save_pretrained(path)
+    return A2DQwen3LMHeadModel(config)
+
+
+def write_student(path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny student with its tokenizer."""
+    small_student().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

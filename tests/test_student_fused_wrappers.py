@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from gloo import run_ranks
+from small_runs import BLOCK, MASK, SHARED, VOCAB, small_student
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -25,11 +26,10 @@ from student.batch import collate, counts_of
 from student.config import TrainConfig
 from student.fused import FusedLoss
 from student.loop import METRICS, TideTrainer
-from student.model import A2DQwen3Config, A2DQwen3LMHeadModel, load_student
+from student.model import load_student
 from student.objective import parse_objective
 from student.tensors import Batch, LossOut
 
-BLOCK, VOCAB, SHARED, MASK = 8, 304, 300, 303
 OBJECTIVE = parse_objective("tidal+reverse-calm:0.5")
 FEW = 4 * VOCAB * 7
 """Bytes of seven rows of logits: several chunks a batch."""
@@ -53,23 +53,6 @@ def make_batch(rows: list[Row], **kwargs: Any) -> Batch:
         temperatures=(1.0, 2.0),
         **kwargs,
     )
-
-
-def make_student(*, tied: bool = True) -> A2DQwen3LMHeadModel:
-    torch.manual_seed(0)
-    config = A2DQwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-    )
-    return A2DQwen3LMHeadModel(config)
 
 
 def run(model: Any, batch: Batch, *, network: Any = None, head: FusedLoss | None = None) -> LossOut:
@@ -116,14 +99,14 @@ def close(ours: Tensor, theirs: Tensor, name: str, rtol: float = 1e-5) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_embedding_and_head(tied: bool) -> None:
     """Tied: what the embedding gets as input and as head adds up in one gradient."""
-    model = make_student(tied=tied)
+    model = small_student(tied=tied)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert_same_step(model, copy.deepcopy(model), make_batch(make_rows()))
 
 
 def test_frozen_head_and_frozen_body() -> None:
     for part in ("lm_head", "model"):
-        model = make_student(tied=False)
+        model = small_student(tied=False)
         getattr(model, part).requires_grad_(False)
         ours = copy.deepcopy(model)
         assert_same_step(model, ours, make_batch(make_rows()))
@@ -131,7 +114,7 @@ def test_frozen_head_and_frozen_body() -> None:
 
 
 def test_gradient_checkpointing() -> None:
-    model = make_student()
+    model = small_student()
     ours = copy.deepcopy(model)
     ours.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_step(model.train(), ours.train(), make_batch(make_rows()))
@@ -140,7 +123,7 @@ def test_gradient_checkpointing() -> None:
 def test_micro_batches_add_up() -> None:
     """Four micro-batches, two of them without a row: gradients are those of the whole."""
     rows = make_rows()
-    whole, parts = make_student(), make_student()
+    whole, parts = small_student(), small_student()
     run(whole, make_batch(rows)).total.backward()
     head, counts = FusedLoss(OBJECTIVE, logits_bytes=FEW), counts_of(rows, BLOCK)
     for some in (rows[:3], [], rows[3:], []):
@@ -159,7 +142,7 @@ def test_adapters(where: str) -> None:
     config = peft.LoraConfig(
         r=4, target_modules=targets, modules_to_save=saved, init_lora_weights=False, task_type="CAUSAL_LM"
     )
-    model = peft.get_peft_model(make_student(tied=False), config)
+    model = peft.get_peft_model(small_student(tied=False), config)
     ours = copy.deepcopy(model)
     batch = make_batch(make_rows())
     assert_same_step(model, ours, batch, network=ours)
@@ -171,7 +154,7 @@ def test_an_adapted_head_under_autocast() -> None:
     """Products in bfloat16, sums in float32: gradients of the adapter as the plain form's, to bfloat16."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
-    model = peft.get_peft_model(make_student(tied=False), config)
+    model = peft.get_peft_model(small_student(tied=False), config)
     ours, batch = copy.deepcopy(model), make_batch(make_rows())
     with torch.autocast("cpu", torch.bfloat16):
         want = run(model, batch).total
@@ -189,7 +172,7 @@ def test_compiled() -> None:
     """It runs, is right, and a second batch of the same shape compiles nothing anew."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    model = make_student()
+    model = small_student()
     ours = copy.deepcopy(model)
     compiled = torch.compile(ours, backend=counter)
     batch = make_batch(make_rows())
@@ -211,7 +194,7 @@ def sharded(out: str, tied: bool, mixed: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     torch.distributed.init_process_group("gloo")
-    model = make_student(tied=tied)
+    model = small_student(tied=tied)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
@@ -237,7 +220,7 @@ def test_sharded_weights(tied: bool, mixed: bool, tmp_path: Path) -> None:
     """Loss and gradients of two ranks with sharded weights against one process with whole ones."""
     run_ranks(sharded, str(tmp_path / "out"), tied, mixed)
     got = torch.load(tmp_path / "out")
-    model = make_student(tied=tied)
+    model = small_student(tied=tied)
     want = run(model, make_batch(make_rows()))
     want.total.backward()
     rtol = 1e-1 if mixed else 1e-5
@@ -276,7 +259,7 @@ def test_two_processes_train_as_one(student_tokenizer: PreTrainedTokenizerFast, 
     """DDP over gloo: the same global batches dealt to two ranks, two micro-batches each, end in the weights
     of one process with one batch; the steps are far larger than the difference."""
     folder, one, two = str(tmp_path / "start"), tmp_path / "one", tmp_path / "two"
-    make_student().save_pretrained(folder)
+    small_student().save_pretrained(folder)
     student_tokenizer.save_pretrained(folder)
     run_ranks(train, folder, str(two), 2)
     run_ranks(train, folder, str(one), 1, world=1)

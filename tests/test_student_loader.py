@@ -31,8 +31,6 @@ from student.batch import collate
 from student.loader import BatchStream, DatasetRows
 from student.tensors import Batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than processors
-
 NOISE, CODEC = NoiseConfig(views=2), SparseCodec(cap=12)
 STEPS = 9
 
