@@ -15,14 +15,10 @@ from student.attention import Coordinates, dense_mask
 from student.kv_cache import SlotCache
 from student.layout import PAD
 from student.sampler_config import Completion, Finish, SamplerConfig, Snapshot
+from student.weights_first import weights_first
 
 if TYPE_CHECKING:
     from student.sampler import BlockSampler
-
-
-CPU_ROWS, CPU_FEW = 16, 3
-"""On a CPU a product with the head takes 265 ms for 15 rows and 104 ms for 16 (MKL, V = 151,936, H = 1,024,
-one thread): more than a few rows are filled up to a multiple."""
 
 
 @dataclass(slots=True)
@@ -161,10 +157,8 @@ class SamplerRun:
 
     def _head(self, hidden: Tensor) -> Tensor:
         """float32 logits [copies, M, V] of hidden states [copies, M, H]."""
-        rows = hidden.flatten(0, 1)
-        fill = -len(rows) % CPU_ROWS if hidden.device.type == "cpu" and len(rows) > CPU_FEW else 0
-        logits = self.s.model.lm_head(torch.nn.functional.pad(rows, (0, 0, 0, fill)))
-        return logits[: len(rows)].float().unflatten(0, hidden.shape[:2])
+        with weights_first(self.s.model):
+            return self.s.model.lm_head(hidden).float()
 
     def _draw(self, logits: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """A token for each masked place [M], and the score by which tokens are kept."""
@@ -181,7 +175,7 @@ class SamplerRun:
             drawn = logits.argmax(-1)
         if c.remasking == "random":
             return drawn, self._uniform(masked)
-        return drawn, (logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+        return drawn, logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0].exp()
 
     def _uniform(self, masked: Tensor) -> Tensor:
         """[M] uniforms on [0, 1); each row draws a whole block's from its own generator."""
@@ -254,13 +248,14 @@ class SamplerRun:
             ids, slot = torch.cat([ids, hidden]), torch.cat([slot, slot])
             mask = None if mask is None else torch.cat([mask, mask])
         pads = self.pads.repeat(self.copies)[:, None]
-        return self.s.model.model(
-            input_ids=ids,
-            position_ids=(slot - pads).clamp_min(0),
-            attention_mask={"full_attention": mask},
-            past_key_values=self.cache,
-            use_cache=False,
-        ).last_hidden_state
+        with weights_first(self.s.model):
+            return self.s.model.model(
+                input_ids=ids,
+                position_ids=(slot - pads).clamp_min(0),
+                attention_mask={"full_attention": mask},
+                past_key_values=self.cache,
+                use_cache=False,
+            ).last_hidden_state
 
     def _replay(self, ids: Tensor, block: Tensor, mask: Tensor) -> Tensor:
         """`_body` as a CUDA graph: recorded at the first block, replayed on new contents."""

@@ -46,6 +46,7 @@ def bench_generate(
     prompt_tokens: Annotated[int, opt("Prompt length in tokens.", "N")] = 128,
     new_tokens: Annotated[int, opt("Tokens to write.", "N")] = 256,
     steps: Annotated[int | None, opt("Denoising steps (default: one per token).", "N")] = None,
+    against: Annotated[str, opt("Plain samplers to compare with.", "NAME,...")] = "copying,cachefree",
     thresholds: Annotated[str, opt("Confidence thresholds to report beside.", "P,P,...")] = "0.5,0.9",
     teacher: Annotated[str | None, opt("Time a teacher's shape as well.", "NAME")] = None,
     dtype: Annotated[str | None, opt(f"{' or '.join(DTYPES)} (default: bfloat16 on CUDA).", "NAME")] = None,
@@ -68,6 +69,9 @@ def bench_generate(
     ):
         if value not in known:
             raise UsageError(f"--{flag} must be one of {', '.join(known)}, got {value!r}")
+    others = against.split(",")
+    if unknown := [name for name in others if name not in PLAIN]:
+        raise UsageError(f"--against must name some of {', '.join(PLAIN)}, got {unknown[0]!r}")
     quick = [] if not thresholds else [(f"threshold {p:g}", p) for p in numbers(thresholds, "thresholds")]
     config = SamplerConfig(max_new_tokens=new_tokens, steps=steps)
     generator = torch.Generator().manual_seed(0)
@@ -92,18 +96,15 @@ def bench_generate(
                 sides[name] = figures(model, timing.to_json(), new_tokens, peaks.get(name))
             return timings
 
+        line(0, None, "making the student")
         model = build(size, dtype)
-        plain = {
-            "ours": partial(ours, model, setting),
-            "copying": partial(copying, model, setting),
-            "cachefree": partial(cachefree, model, setting),
-        }
-        timings = run(model, plain)
+        samplers = {"ours": ours, **{name: PLAIN[name] for name in others}}
+        timings = run(model, {name: partial(write, model, setting) for name, write in samplers.items()})
         for name, p in quick:
             by_threshold = Setting(setting.prompt, SamplerConfig(max_new_tokens=new_tokens, threshold=p))
             run(model, {name: partial(ours, model, by_threshold)})
             sides[name]["agreement"] = agreement(written[name], written["ours"])
-        del model, plain
+        del model
         causal = build(size, dtype, causal=True)
         run(causal, {"autoregressive": partial(autoregressive, causal, setting)})
         del causal
@@ -120,22 +121,17 @@ def bench_generate(
             "dtype": dtype,
         },
         sides=sides,
-        ratios={
-            "ratio_copying": bench.ratio(timings, "copying", "ours"),
-            "ratio_cachefree": bench.ratio(timings, "cachefree", "ours"),
-        },
-        equal=written["ours"] == written["copying"] == written["cachefree"],
-        agreement={name: agreement(written[name], written["ours"]) for name in ("copying", "cachefree")},
+        ratios={f"ratio_{name}": bench.ratio(timings, name, "ours") for name in others},
+        equal=all(written[name] == written["ours"] for name in others),
+        agreement={name: agreement(written[name], written["ours"]) for name in others},
     )
     if out is not None:
         bench.save(record, out)
     output = Output(as_json=json)
     output.report(table(record))
     same = "equal" if record["equal"] else "NOT equal"
-    output.say(
-        f"{record['ratio_copying']:.2f}x over the copying sampler, {record['ratio_cachefree']:.2f}x over the "
-        f"cache-free one; tokens {same}"
-    )
+    faster = ", ".join(f"{record[f'ratio_{name}']:.2f}x over {name}" for name in others)
+    output.say(f"{faster}; tokens {same}")
     output.result(record)
 
 
@@ -218,6 +214,9 @@ def cachefree(model: Any, setting: Setting) -> list[int]:
         return step
 
     return plain(model, setting, open_block)
+
+
+PLAIN = {"copying": copying, "cachefree": cachefree}
 
 
 def plain(model: Any, setting: Setting, open_block: Callable[[Any, int], Callable[[Any], Any]]) -> list[int]:
