@@ -46,6 +46,7 @@ def default_row_tokens(
     block_size: int,
     device: torch.device,
     token_bytes: int = 0,
+    free_bytes: int | None = None,
 ) -> int:
     """Row length where none is given: one that holds every stream of the longest sample together, so that its
     clean stream runs once, and is not too short for the device; on an accelerator no longer than its free
@@ -57,19 +58,27 @@ def default_row_tokens(
         longest: most teacher tokens of a sample.
         streams: noisy streams of a sample: views, times two with CompDemo.
         token_bytes: see `token_bytes`; 0 = memory is no concern.
+        free_bytes: of the device; None = it is asked.
     """
     longest = -(-longest // block_size) * block_size
     clean = 1 if attention in SHARED_CLEAN else 0
     tokens = max(LEAST_ROW.get(device.type, LEAST_ROW["cuda"]), (clean + streams) * longest)
     if device.type == "cuda" and token_bytes:
-        tokens = min(tokens, int(USABLE * torch.cuda.mem_get_info(device)[0]) // token_bytes)
+        tokens = min(tokens, _usable(device, free_bytes) // token_bytes)
     return max(tokens, (clean + 1) * longest)
 
 
-def rows_at_once(row_tokens: int, *, device: torch.device, token_bytes: int) -> int:
+def rows_at_once(
+    row_tokens: int, *, device: torch.device, token_bytes: int, free_bytes: int | None = None
+) -> int:
     """Rows in one forward to begin with: on an accelerator as many as are of use and fit its free memory, on
-    a CPU one (more are no faster)."""
+    a CPU one (more are no faster). `free_bytes`: see `default_row_tokens`."""
     if device.type != "cuda":
         return 1
-    fit = int(USABLE * torch.cuda.mem_get_info(device)[0]) // token_bytes
+    fit = _usable(device, free_bytes) // token_bytes
     return max(1, min(ENOUGH_TOKENS, fit) // row_tokens)
+
+
+def _usable(device: torch.device, free_bytes: int | None) -> int:
+    """Bytes that activations may take."""
+    return int(USABLE * (torch.cuda.mem_get_info(device)[0] if free_bytes is None else free_bytes))

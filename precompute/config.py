@@ -17,6 +17,8 @@ from student.layout import ATTENTIONS, Attention
 Kind = Literal["auto", "shared", "cross"]
 LossOn = Literal["last", "assistant", "all"]
 ContentSearch = Literal["exact", "first"]
+TeacherKind = Literal["auto", "diffusion", "ar"]
+Backend = Literal["transformers", "vllm"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Number formats a teacher can run in; a name that is not here is an error, never a guess."""
@@ -52,8 +54,9 @@ class PrecomputeConfig:
     the paper)."""
     kind: Kind = "auto"
     """`shared` or `cross` tokenizer pipeline; `auto` decides by the tokenizers."""
-    compdemo: bool = True
-    """Ask for each half of the masked tokens with the other half shown."""
+    compdemo: bool | None = None
+    """Ask for each half of the masked tokens with the other half shown; None = yes, but not of an
+    autoregressive teacher, whose answers do not depend on what is masked."""
     demo_ratio: float = 0.5
     """Expected share of half A."""
     timesteps: Timesteps = "stratified"
@@ -69,6 +72,9 @@ class PrecomputeConfig:
     """Share of the samples kept out of training."""
     max_dropped: float = 0.02
     """Largest share of target tokens without a teacher counterpart before the run stops."""
+    teacher_kind: TeacherKind = "auto"
+    """`diffusion` shows the teacher noised text, `ar` (autoregressive) the clean text to the left of each
+    token; `auto` decides by its checkpoint (`precompute.teachers.load.teacher_kind`)."""
     teacher_attention: Attention | None = None
     """How the teacher's streams attend; None = its family's own way."""
     max_length: int = 512
@@ -87,6 +93,12 @@ class PrecomputeConfig:
     """Number format of the teacher: `float32` or `bfloat16`."""
     device: str | None = None
     """Torch device; None = as the dataset in `out` was begun, else cuda where there is one, else cpu."""
+    backend: Backend = "transformers"
+    """What runs the teacher: `transformers`, or `vllm`, which needs the extra of that name."""
+    tensor_parallel: int = 1
+    """Devices that share the teacher, of backend vllm."""
+    cache_gb: float | None = None
+    """Gigabytes for keys and values on each device, of backend vllm; None = what it needs."""
     workers: int | None = None
     """Processes that tokenise ahead of the teacher and encode behind it; None = 0 on a CPU, which the teacher
     needs itself, else 2. Without influence on what is written."""
@@ -103,19 +115,26 @@ class PrecomputeConfig:
             ("loss_on", get_args(LossOn)),
             ("content_search", get_args(ContentSearch)),
             ("dtype", tuple(DTYPES)),
+            ("teacher_kind", get_args(TeacherKind)),
+            ("backend", get_args(Backend)),
             ("teacher_attention", (None, *ATTENTIONS)),
         ):
             value = getattr(self, name)
             if value not in choices:
                 names = ", ".join(c for c in choices if c)
                 raise UsageError(f"{name.replace('_', '-')} must be one of {names}, got {value!r}")
-        for name in ("views", "block_size", "max_length", "samples_per_part", "head_rows"):
+        counts = ("views", "block_size", "max_length", "samples_per_part", "head_rows", "tensor_parallel")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("fidelity", "limit", "row_tokens", "max_teacher_length", "shared_vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.cache_gb is not None and not self.cache_gb > 0:
+            raise UsageError(f"cache-gb must be more than 0, got {self.cache_gb:g}")
+        if self.backend == "transformers" and (self.tensor_parallel > 1 or self.cache_gb is not None):
+            raise UsageError("tensor-parallel and cache-gb are for --backend vllm: add it, or leave them out")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers must be at least 0, got {self.workers}")
         for name in ("holdout", "max_dropped"):
@@ -123,6 +142,18 @@ class PrecomputeConfig:
                 raise UsageError(
                     f"{name.replace('_', '-')} must lie between 0 and 1, got {getattr(self, name)}"
                 )
+        if self.teacher_kind == "ar" and self.compdemo:
+            raise UsageError(
+                "compdemo shows a teacher half of what is masked, but an autoregressive one (teacher-kind "
+                "ar) sees the clean text to its left whatever is masked: leave --compdemo out, or set "
+                "--teacher-kind diffusion"
+            )
+        if self.teacher_kind == "ar" and self.teacher_attention not in (None, "causal"):
+            raise UsageError(
+                f"teacher-attention {self.teacher_attention} shows a teacher what is to its right, but an "
+                "autoregressive one (teacher-kind ar) is causal: leave --teacher-attention out, or set "
+                "--teacher-kind diffusion"
+            )
         if self.sketch_from is not None and not (isinstance(self.codec, SparseCodec) and self.codec.sketch):
             raise UsageError("sketch-from needs a sparse codec with a sketch: add --sketch R")
         self.worker()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from precompute.inputs import Asking, Job, make_jobs
 from precompute.reduce import Head, reduce_dense, reduce_exact, reduce_gold, reduce_sparse
-from precompute.rows import Answers, join, make_rows
+from precompute.rows import Answers, join, make_rows, take
 from precompute.sample import ChunkSpans, Sample
-from precompute.teachers.base import Teacher, TeacherSpec
+from precompute.teachers.base import EngineTeacher, PackedTeacher, Teacher, TeacherSpec
 from shards.codec import Codec, ExactCodec, SparseCodec
 from shards.errors import ModelError
 from shards.noise import NoiseConfig, Plan, make_plan
@@ -81,7 +81,7 @@ class Pace:
         return None
 
 
-def run_row(teacher: Teacher, pieces: Sequence[Piece]) -> Tensor:
+def run_row(teacher: PackedTeacher, pieces: Sequence[Piece]) -> Tensor:
     """[Q, H]: hidden states at the pieces' reads, piece after piece, all run in one packed row."""
     row = pack(pieces, sum(map(len, pieces)))
     tile = CUDA_TILE if teacher.device.type == "cuda" else 1
@@ -136,40 +136,47 @@ def ask(
             much for the memory.
     """
     pieces = [j.piece for j in jobs]
-    tokens = sum(map(len, pieces))
-    hidden = pace.fit("rows", lambda: run_row(teacher, pieces), f"a row of {tokens} tokens")
-    if hidden is None:
-        return None
     gold = np.concatenate([j.gold for j in jobs])
-    sample = np.repeat([j.sample for j in jobs], [len(j.gold) for j in jobs])
-    view = np.concatenate([j.view for j in jobs])
-    reduced = None
-    while reduced is None:
+    if isinstance(teacher, EngineTeacher):
+        logp, target = teacher.answer(pieces, gold, targets)
+    else:
+        tokens, runs = sum(map(len, pieces)), teacher
+        hidden = pace.fit("rows", lambda: run_row(runs, pieces), f"a row of {tokens} tokens")
+        if hidden is None:
+            return None
+        reduced = None
+        while reduced is None:
 
-        def in_chunks() -> tuple[np.ndarray, Target | None]:
-            return reduce(hidden, gold, teacher.head, replace(targets, head_rows=pace.head_rows))
+            def in_chunks() -> tuple[np.ndarray, Target | None]:
+                return reduce(hidden, gold, runs.head, replace(targets, head_rows=pace.head_rows))
 
-        reduced = pace.fit("head_rows", in_chunks, "a row of logits")
-    logp, target = reduced
+            reduced = pace.fit("head_rows", in_chunks, "a row of logits")
+        logp, target = reduced
     finite = np.isfinite(logp) | (gold >= targets.vocab_size)
     if isinstance(target, SparseTarget):  # a NaN among the logits makes every log-prob NaN
         finite &= np.isfinite(target.logp[np.cumsum(target.counts) - target.counts])
     elif target is not None:
         values = target.hidden if isinstance(target, ExactTarget) else target.logp
         finite &= np.isfinite(values).all(axis=1)
+    sample = np.repeat([j.sample for j in jobs], [len(j.view) for j in jobs])
+    view = np.concatenate([j.view for j in jobs])
+    before = np.cumsum([0, *(len(j.gold) for j in jobs)])
+    source = np.concatenate([j.source + first for j, first in zip(jobs, before)])
     if not finite.all():
-        k = int(np.argmin(finite))
+        k = int(np.argmin(finite[source]))
         raise ModelError(
             f"sample {samples[sample[k]].sample_id} view {view[k]}: the teacher's output is not finite; try "
             "--dtype float32, and look for damaged weights in its folder"
         )
+    if not np.array_equal(source, np.arange(len(gold))):  # views share answers
+        logp, target = logp[source], None if target is None else take(target, source)
     return Answers(sample, view, np.concatenate([j.slot for j in jobs]), logp, target)
 
 
-def check_vocabulary(samples: Sequence[Sample], mask_id: int, spec: TeacherSpec) -> None:
+def check_vocabulary(samples: Sequence[Sample], mask_id: int | None, spec: TeacherSpec) -> None:
     """Raises: ModelError for a token id that the teacher has no row for (names sample, id and vocabulary)."""
     for sample in samples:
-        largest = max(int(sample.teacher_ids.max(initial=0)), mask_id)
+        largest = int(sample.teacher_ids.max(initial=mask_id or 0))
         if largest >= spec.vocab_size:
             raise ModelError(
                 f"sample {sample.sample_id} has token id {largest}, but {spec.name} knows ids below "

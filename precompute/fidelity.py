@@ -115,15 +115,15 @@ def students(logits: Tensor, generator: torch.Generator) -> Tensor:
     return logits + torch.stack(noise).to(logits.device) if noise else logits
 
 
-def measured(out: Path, asked: int, states: Callable[[], Sequence[Row]], coder: Coder) -> dict[str, Any]:
+def measured_once(out: Path, asked: int, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """`measure`, by one of the processes that share a dataset's folder, for all of them.
 
     Args:
-        asked: samples to measure on. states: their rows, with hidden states as targets.
+        asked: samples to measure on. measured: does so.
     """
 
     def make() -> bytes:
-        return json.dumps({"asked": asked, **measure(states(), coder)}).encode()
+        return json.dumps({"asked": asked, **measured()}).encode()
 
     # Beside the claims on parts: gone when the last writer leaves, and the manifest has it.
     found: dict[str, Any] = json.loads(once(out, f"{CLAIMS}/fidelity-{asked}.json", make))

@@ -25,16 +25,23 @@ SMALLEST_SHARED = 0.5
 def manifest_config(
     config: PrecomputeConfig,
     *,
-    corpus: Corpus,
+    source: dict[str, Any],
     preparer: Preparer,
     noise: NoiseConfig,
     spec: TeacherSpec,
     row_tokens: int,
     device: torch.device,
+    backend: dict[str, Any],
     coding: dict[str, Any],
 ) -> dict[str, Any]:
     """JSON values only. Whatever may change between two runs that go on with one another (limit, part, the
-    share that may be dropped, where folders lie) is left out. `coding`: `precompute.tables.Coding.config`."""
+    share that may be dropped, where folders lie) is left out.
+
+    Args:
+        source: `source_of` the corpus.
+        backend: what runs the teacher, under the key `backend`, and its own settings.
+        coding: `precompute.tables.Coding.config`.
+    """
     student, teacher = preparer.student.tokenizer, preparer.teacher.tokenizer
     info = StudentInfo(
         tokenizer_hash=tokenizer_hash(student),
@@ -48,7 +55,7 @@ def manifest_config(
     return {
         "student": asdict(info),
         "teacher": {
-            **asdict(spec),
+            **spec.to_json(),
             "tokenizer_hash": tokenizer_hash(teacher),
             "template_hash": template_hash(preparer.teacher_template),
             "max_length": preparer.config.teacher_length,
@@ -60,20 +67,21 @@ def manifest_config(
         "loss_on": config.loss_on,
         "content_search": config.content_search,
         "holdout": config.holdout,
-        "source": {
-            "spec": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "licence": corpus.licence,
-        },
+        "source": source,
         "samples_per_part": config.samples_per_part,
         "compute": {
-            "backend": "transformers",
+            **backend,
             "device": device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "row_tokens": row_tokens,
             "head_rows": config.head_rows,
         },
     }
+
+
+def source_of(corpus: Corpus) -> dict[str, Any]:
+    """What names a corpus, on every machine."""
+    return {"spec": corpus.name, "fingerprint": corpus.fingerprint, "licence": corpus.licence}
 
 
 def shared_size(config: PrecomputeConfig, preparer: Preparer, spec: TeacherSpec) -> int:

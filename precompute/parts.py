@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from precompute.corpus import Corpus
 from precompute.sample import Conversation
+from shards.errors import CorpusError
 from shards.locks import Claim
 from shards.writer import DatasetWriter
 
@@ -52,6 +54,18 @@ def cut(corpus: Corpus, size: int) -> Iterator[Range]:
         }
         yield Range(first // size, first, first + len(taken), taken, now - skipped, at)
         skipped, places, first = now, counts, first + len(taken)
+
+
+def begun(corpus: Corpus, size: int) -> Iterator[Range]:
+    """`cut`, its first range already read.
+
+    Raises: CorpusError: the corpus cannot be read, or has no rows.
+    """
+    ranges = cut(corpus, size)
+    first = next(ranges, None)
+    if first is None:
+        raise CorpusError(f"{corpus.spec}: no rows to use")
+    return chain([first], ranges)
 
 
 def unfinished(

@@ -54,9 +54,9 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         if count:
             self._pool = ProcessPoolExecutor(
-                count, mp_context=_context(), initializer=_begin, initargs=(preparer,)
+                count, mp_context=worker_context(), initializer=_begin, initargs=(preparer,)
             )
-            with _interrupts_ignored():
+            with interrupts_ignored():
                 for _ in range(count):  # starts one each, while the teacher loads
                     self._pool.submit(int)
 
@@ -105,18 +105,18 @@ def _killed() -> TideError:
     )
 
 
-def _context() -> BaseContext:
+def worker_context(module: str = __name__) -> BaseContext:
     """Workers are not forked from this process, which has threads and perhaps an accelerator, but from one
-    that has done nothing but import this module, once."""
+    that has done nothing but import a module, once: the one that this is first called with."""
     if "forkserver" not in mp.get_all_start_methods():  # Windows
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([module])
     return context
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Iterator[None]:
     """Processes started inside never hear of Ctrl-C, which their parent handles for them."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -135,10 +135,10 @@ def _begin(preparer: Preparer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A parent that is killed cannot end its workers."""
     parent = mp.parent_process()
     if parent is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from precompute.engine import plans_of
-from precompute.inputs import Asking, Job, make_jobs, without_first
+from precompute.inputs import Asking, Job, as_read, make_jobs
 from precompute.prepare import Drop, Preparer
 from precompute.sample import Conversation, Sample
 from shards.align import Fate
@@ -55,8 +55,8 @@ def prepare(
     content = 0
     for conversation in conversations:
         made = preparer.prepare(conversation)
-        if asking.shifted and isinstance(made, Sample):
-            made = without_first(made)
+        if isinstance(made, Sample):
+            made = as_read(made, asking)
         unaligned += made.dropped
         if isinstance(made, Drop):
             content += made.dropped.total()

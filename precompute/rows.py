@@ -29,17 +29,7 @@ class Answers:
 
     def take(self, index: np.ndarray) -> Answers:
         """The answers at `index`, in its order."""
-        target = self.target
-        if isinstance(target, SparseTarget):
-            counts = target.counts[index]
-            start = (np.cumsum(target.counts) - target.counts)[index]
-            entry = np.repeat(start - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-            sketch = None if target.sketch is None else target.sketch[index]
-            target = SparseTarget(counts, target.ids[entry], target.logp[entry], target.tails[index], sketch)
-        elif isinstance(target, DenseTarget):
-            target = DenseTarget(target.logp[index])
-        elif target is not None:
-            target = ExactTarget(target.hidden[index])
+        target = None if self.target is None else take(self.target, index)
         return Answers(self.sample[index], self.view[index], self.slot[index], self.gold_logp[index], target)
 
     def split(self, bounds: np.ndarray) -> list[Answers]:
@@ -67,6 +57,19 @@ class Answers:
             targets = [ExactTarget(x) for x in np.split(target.hidden, bounds)]
         arrays = (np.split(x, bounds) for x in (self.sample, self.view, self.slot, self.gold_logp))
         return [Answers(*x) for x in zip(*arrays, targets)]
+
+
+def take(target: Target, index: np.ndarray) -> Target:
+    """The distributions at `index`, in its order; one may be there several times."""
+    if isinstance(target, SparseTarget):
+        counts = target.counts[index]
+        start = (np.cumsum(target.counts) - target.counts)[index]
+        entry = np.repeat(start - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        sketch = None if target.sketch is None else target.sketch[index]
+        return SparseTarget(counts, target.ids[entry], target.logp[entry], target.tails[index], sketch)
+    if isinstance(target, DenseTarget):
+        return DenseTarget(target.logp[index])
+    return ExactTarget(target.hidden[index])
 
 
 def join(parts: Sequence[Answers]) -> Answers:

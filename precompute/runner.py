@@ -7,39 +7,37 @@ one folder share the work. What surrounds the model goes on beside it (`precompu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 
-from precompute.budget import default_row_tokens, rows_at_once
+from precompute.backends.vllm_version import require_vllm
 from precompute.busy import Busy
 from precompute.config import DTYPES, PrecomputeConfig
 from precompute.corpus import Corpus, open_corpus
 from precompute.drops import DropLimit
-from precompute.engine import Pace, Targets, ask_all
-from precompute.fidelity import Coder, measured
-from precompute.identity import manifest_config, shared_size
-from precompute.inputs import Asking
+from precompute.fidelity import measured_once
+from precompute.identity import source_of
 from precompute.loop import Progress, make_parts
-from precompute.parts import Range, cut, unfinished
+from precompute.parts import Range, begun, unfinished
 from precompute.pipeline import WORKERS, Workers
 from precompute.prepare import PrepareConfig, Preparer
-from precompute.states import calibration, first_samples, state_rows
-from precompute.tables import Coding, make_coding
-from precompute.teachers.base import Teacher
-from precompute.teachers.load import load_teacher, load_teacher_tokenizer
+from precompute.recipe import asker, decide, fidelity_of, taken_over
+from precompute.teachers.base import Teacher, TeacherKind
+from precompute.teachers.load import describe_teacher, load_teacher, load_teacher_tokenizer, teacher_kind
 from precompute.tokens import infer_kind
 from shards.agreement import recorded_config
-from shards.codec import table_of
-from shards.errors import ConfigMismatch, CorpusError, TideError, UsageError
+from shards.errors import ConfigMismatch, TideError, UsageError
 from shards.manifest import Manifest
-from shards.noise import NoiseConfig
 from shards.writer import DatasetWriter
 from student.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Interrupted(TideError):
@@ -66,6 +64,24 @@ def make_preparer(config: PrecomputeConfig) -> Preparer:
             seed=config.seed,
         ),
     )
+
+
+def with_teacher_kind(config: PrecomputeConfig) -> PrecomputeConfig:
+    """The settings with the teacher's kind decided; says so where a checkpoint is found to be autoregressive.
+
+    Raises:
+        ModelError: see `teacher_kind`. UsageError: a setting that an autoregressive teacher cannot have.
+    """
+    if config.teacher_kind != "auto":
+        return config
+    config = replace(config, teacher_kind=teacher_kind(config.teacher))
+    if config.teacher_kind == "ar":
+        logger.info(
+            "%s is an autoregressive teacher (no mask token): it sees clean text, once for all views; "
+            "--teacher-kind diffusion asks it as a diffusion model",
+            config.teacher,
+        )
+    return config
 
 
 def choose_device(config: PrecomputeConfig) -> torch.device:
@@ -119,20 +135,45 @@ def precompute(
     """
     tell = progress or (lambda done, total, message: None)
     tell(0, config.limit, "loading models")
+    if config.backend == "vllm":
+        require_vllm()
     device = choose_device(config)
     corpus = open_corpus(config.corpus, limit=config.limit)
-    ranges = cut(corpus, config.samples_per_part)
-    first = next(ranges, None)  # a corpus that cannot be read is found out before a teacher is loaded
-    if first is None:
-        raise CorpusError(f"{config.corpus}: no rows to use")
+    ranges = begun(corpus, config.samples_per_part)  # what cannot be read is found out before a teacher loads
     preparer = make_preparer(config)
-    count = WORKERS.get(device.type, WORKERS["cuda"]) if config.workers is None else config.workers
-    with Workers(count, preparer) as workers:
-        teacher = load_teacher(
-            config.teacher, attention=config.teacher_attention, dtype=DTYPES[config.dtype], device=device
-        )
-        parts = chain([first], ranges)
-        return make_dataset(config, corpus, parts, preparer, teacher, workers, tell, busy or Busy())
+    config = with_teacher_kind(config)
+    with Workers(worker_count(config, device), preparer) as workers:
+        teacher = open_teacher(config, preparer, device)
+        return make_dataset(config, corpus, ranges, preparer, teacher, workers, tell, busy or Busy())
+
+
+def worker_count(config: PrecomputeConfig, device: torch.device) -> int:
+    """Processes beside a model on this device."""
+    return WORKERS.get(device.type, WORKERS["cuda"]) if config.workers is None else config.workers
+
+
+def open_teacher(config: PrecomputeConfig, preparer: Preparer, device: torch.device) -> Teacher:
+    """The teacher of settings `with_teacher_kind`, in their backend.
+
+    Raises:
+        UsageError: the backend is not here, or lacks something. ModelError: a folder that cannot be used.
+    """
+    kind: TeacherKind = "ar" if config.teacher_kind == "ar" else "diffusion"
+    dtype, attention = DTYPES[config.dtype], config.teacher_attention
+    if config.backend == "transformers":
+        return load_teacher(config.teacher, kind=kind, attention=attention, dtype=dtype, device=device)
+    require_vllm()
+    from precompute.backends.vllm_teacher import EngineSettings, load_vllm_teacher
+
+    return load_vllm_teacher(
+        describe_teacher(config.teacher, kind=kind, attention=attention),
+        dtype=dtype,
+        device=device,
+        codec=config.codec,
+        block_size=config.block_size,
+        longest=preparer.config.teacher_length + 1,  # and a BOS token
+        settings=EngineSettings(tensor_parallel=config.tensor_parallel, cache_gb=config.cache_gb),
+    )
 
 
 def make_dataset(
@@ -146,103 +187,59 @@ def make_dataset(
     busy: Busy,
 ) -> Manifest:
     """`precompute`, its corpus and models at hand."""
-    spec, kind = teacher.spec, preparer.config.kind
-    noise = NoiseConfig(
-        seed=config.seed,
-        views=config.views,
-        timesteps=config.timesteps,
-        unit="chunk" if kind == "cross" else "token",
-        compdemo=config.compdemo,
-        demo_ratio=config.demo_ratio,
-    )
     first = next(ranges)
     ranges = chain([first], ranges)
-    block_size = spec.block_size or config.block_size
-    row_tokens = config.row_tokens or default_row_tokens(
-        preparer.config.teacher_length,
-        streams=config.views * (2 if config.compdemo else 1),
-        attention=spec.attention,
-        block_size=block_size,
-        device=teacher.device,
-        token_bytes=teacher.token_bytes,
-    )
-    asking = Asking(
-        mask_id=spec.mask_token_id,
-        attention=spec.attention,
-        block_size=block_size,
-        shifted=spec.shifted,
-        row_tokens=row_tokens,
-        compdemo=config.compdemo,
-    )
-    coding = Coding(config.codec)
-    if kind == "shared":
-        coding = make_coding(
-            config,
-            teacher,
-            vocab_size=shared_size(config, preparer, spec),
-            states=lambda: calibration(teacher, first, preparer, noise, asking, progress),
-        )
-    elif config.fidelity or table_of(config.codec):
-        raise UsageError(
-            "a cross-tokenizer dataset stores chunk log-probs, not distributions: leave out --fidelity, "
-            "--sketch and --codec exact"
-        )
-    identity = manifest_config(
-        config,
-        corpus=corpus,
-        preparer=preparer,
-        noise=noise,
-        spec=spec,
-        row_tokens=row_tokens,
-        device=teacher.device,
-        coding=coding.config(),
-    )
-    targets = Targets(
-        codec=None if kind == "cross" else coding.codec,
-        vocab_size=identity["shared_vocab_size"] or spec.vocab_size,
-        head_rows=config.head_rows,
-        sketch=coding.sketch,
-    )
+    recipe = decide(config, source_of(corpus), first, preparer, teacher, progress)
     i, n = config.worker()
     limit = DropLimit(corpus, config.max_dropped)
-    begun = ["compute.threads", *([] if config.row_tokens else ["compute.row_tokens"])]
-    with DatasetWriter(config.out, kind, identity, take_over=begun, verify=config.verify_parts) as writer:
+    with DatasetWriter(
+        config.out, recipe.kind, recipe.identity, take_over=taken_over(config), verify=config.verify_parts
+    ) as writer:
         compute = writer.config["compute"]
-        asking = replace(asking, row_tokens=compute["row_tokens"])
-        at_once = rows_at_once(asking.row_tokens, device=teacher.device, token_bytes=teacher.token_bytes)
-        pace = Pace(rows=at_once, head_rows=config.head_rows)
-
+        asking, ask = asker(config, recipe, teacher, compute["row_tokens"])
         parts = (
-            (work, claim, workers.prepare(work.conversations, noise, asking) if claim else None)
+            (work, claim, workers.prepare(work.conversations, recipe.noise, asking) if claim else None)
             for work, claim in unfinished(ranges, writer, mine=lambda part: part % n == i)
         )
-        ask = partial(ask_all, teacher, asking=asking, targets=targets, pace=pace)
         try:
             with busy.loop, torch_threads(compute["threads"]):
                 make_parts(config, parts, limit, ask, writer, workers, progress, busy)
         except KeyboardInterrupt as e:
-            done = _listed(writer.finished())
-            raise Interrupted(
-                f"interrupted; finished parts in {config.out}: {done}; the same command goes on from there"
-            ) from e
-        if not writer.finished():
-            raise UsageError(f"part {config.part}: the corpus has no part for this worker; use fewer workers")
-        fidelity = None
-        if config.fidelity and (writer.fidelity or {}).get("asked") != config.fidelity:
-            progress(0, config.limit, "measuring fidelity")
-            coder = Coder(
-                codec=coding.codec,
-                targets=targets,
-                table=coding.table,
-                head=lambda hidden: teacher.head(hidden.to(DTYPES[config.dtype])),
-                vocab_size=writer.settings.student.vocab_size,
-                device=teacher.device,
-            )
+            raise interrupted(writer) from e
+
+        def measured() -> dict[str, Any]:
             with torch_threads(compute["threads"]):
-                samples = first_samples(first, preparer, config.fidelity, shifted=spec.shifted)
-                states = partial(state_rows, teacher, samples, noise, asking)
-                fidelity = measured(config.out, config.fidelity, states, coder)
-        return writer.finish(fidelity=fidelity)
+                return fidelity_of(config, recipe, asking, first, preparer, teacher)
+
+        return finish(config, writer, measured, progress)
+
+
+def finish(
+    config: PrecomputeConfig,
+    writer: DatasetWriter,
+    measured: Callable[[], dict[str, Any]],
+    progress: Progress,
+) -> Manifest:
+    """All parts are made: publish the manifest, its fidelity `measured` first where it is asked for.
+
+    Raises:
+        UsageError: there was no part to make.
+    """
+    if not writer.finished():
+        raise UsageError(f"part {config.part}: the corpus has no part for this worker; use fewer workers")
+    fidelity = None
+    if config.fidelity and (writer.fidelity or {}).get("asked") != config.fidelity:
+        progress(0, config.limit, "measuring fidelity")
+        fidelity = measured_once(config.out, config.fidelity, measured)
+    return writer.finish(fidelity=fidelity)
+
+
+def interrupted(writer: DatasetWriter) -> Interrupted:
+    """Ctrl-C while parts were made."""
+    done = _listed(writer.finished())
+    return Interrupted(
+        f"interrupted; finished parts in {writer.out}: {done}; the same command goes on from there"
+    )
 
 
 def _listed(parts: Collection[int], most: int = 8) -> str:

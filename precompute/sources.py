@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from precompute.builtin import LICENCE, STDLIB, stdlib_fingerprint, stdlib_functions
+from precompute.builtin import BUILTIN, LICENCE, stdlib_fingerprint, stdlib_functions
 from shards.errors import CorpusError
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
@@ -58,7 +59,8 @@ def open_source(name: str, *, config: str | None, split: str | None, fields: Seq
     """Open a source; nothing is read yet but what names it.
 
     Args:
-        name: `builtin:stdlib`, a file (`SUFFIXES`), a folder of such files, or a `datasets` id or folder.
+        name: one of `precompute.builtin`, a file (`SUFFIXES`), a folder of such files, or a `datasets` id or
+            folder.
         config, split: of a data set; with either, a folder is read by `datasets` whatever is in it.
         fields: Parquet columns to read; where a file has none of them, all.
 
@@ -69,10 +71,10 @@ def open_source(name: str, *, config: str | None, split: str | None, fields: Seq
     chosen = config is not None or split is not None
     if chosen and (name.startswith("builtin:") or path.is_file()):
         raise CorpusError(f"{name}: has no configurations or splits; leave out :{config} or #{split}")
-    if name == STDLIB:
-        return Source(name, "", _stdlib_rows, stdlib_fingerprint, LICENCE)
+    if name in BUILTIN:
+        return Source(name, "", partial(_stdlib_rows, name), partial(stdlib_fingerprint, name), LICENCE)
     if name.startswith("builtin:"):
-        raise CorpusError(f"{name}: no such built-in corpus; there is {STDLIB}")
+        raise CorpusError(f"{name}: no such built-in corpus; there is {', '.join(BUILTIN)}")
     if path.is_file():
         if not name.endswith(SUFFIXES):
             raise CorpusError(f"{name}: unknown kind of file, expected {', '.join(SUFFIXES)}")
@@ -89,9 +91,9 @@ def open_source(name: str, *, config: str | None, split: str | None, fields: Seq
     return _from_datasets(name, name, config, split)
 
 
-def _stdlib_rows() -> Iterator[RawRow]:
-    for i, f in enumerate(stdlib_functions()):
-        yield RawRow(STDLIB, i, f.where, {"prompt": f.stub, "completion": f.body, "group": f.group})
+def _stdlib_rows(name: str) -> Iterator[RawRow]:
+    for i, f in enumerate(stdlib_functions(name)):
+        yield RawRow(name, i, f.where, {"prompt": f.stub, "completion": f.body, "group": f.group})
 
 
 def _local(name: str, files: list[Path], root: Path, fields: Sequence[str]) -> Source:

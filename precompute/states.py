@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from precompute.engine import Targets, make_part, plans_of
-from precompute.inputs import Asking, without_first
+from precompute.inputs import Asking, as_read
 from precompute.parts import Range
 from precompute.prepare import Preparer
 from precompute.sample import Sample
@@ -24,15 +24,15 @@ CALIBRATION_SAMPLES = 96
 """Samples that a fit looks at; they have some thousand masked tokens."""
 
 
-def first_samples(work: Range, preparer: Preparer, most: int, *, shifted: bool) -> list[Sample]:
-    """The first training samples of a range. `shifted`: of the teacher's outputs."""
+def first_samples(work: Range, preparer: Preparer, most: int, asking: Asking) -> list[Sample]:
+    """The first training samples of a range."""
     samples: list[Sample] = []
     for conversation in work.conversations:
         if len(samples) == most:
             break
         made = preparer.prepare(conversation)
         if isinstance(made, Sample) and made.split == "train":
-            samples.append(without_first(made) if shifted else made)
+            samples.append(as_read(made, asking))
     return samples
 
 
@@ -61,7 +61,7 @@ def calibration(
         CorpusError: the first part has no training sample with a masked token.
     """
     progress(0, None, "fitting the sketch")
-    samples = first_samples(work, preparer, CALIBRATION_SAMPLES, shifted=teacher.spec.shifted)
+    samples = first_samples(work, preparer, CALIBRATION_SAMPLES, asking)
     found = [
         torch.from_numpy(row.positions.target.hidden)
         for row in state_rows(teacher, samples, noise, asking)

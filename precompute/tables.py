@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from shards.settings import FileRecord
 from student.tables import open_table
 from student.tensors import Basis, TeacherHead
 
+Keep = Callable[[str, Callable[[], bytes]], bytes]
+"""The bytes of a file: those that are there, else those that the call makes."""
+
 DECIDED = ("table", "sketch_wide", "width")
 """Settings of a codec that follow from its file."""
 
@@ -55,13 +59,19 @@ class Coding:
 
 
 def make_coding(
-    config: PrecomputeConfig, teacher: Teacher, *, vocab_size: int, states: Callable[[], torch.Tensor]
+    config: PrecomputeConfig,
+    teacher: Teacher,
+    *,
+    vocab_size: int,
+    states: Callable[[], torch.Tensor],
+    keep: Keep | None = None,
 ) -> Coding:
     """The codec of a shared-tokenizer dataset in `config.out`, its file made unless it is there.
 
     Args:
         vocab_size: of the targets.
         states: gives hidden states [n, H] at positions like those that the dataset asks for.
+        keep: where the file is, or is put once it is made; None = `config.out`.
 
     Raises:
         ConfigMismatch: `config.out` holds a dataset of another codec.
@@ -74,7 +84,9 @@ def make_coding(
     table = table_of(codec)
     if table is None or not isinstance(codec, SparseCodec | ExactCodec):
         return Coding(codec)
-    _same_codec(config.out, codec)
+    if keep is None:
+        same_codec(config.out, codec)
+        keep = partial(once, config.out)
 
     def make() -> bytes:
         weight, bias = teacher.head_weights()
@@ -87,7 +99,7 @@ def make_coding(
         dtype = DTYPES[config.dtype]
         return save({n: x.detach().to("cpu", dtype).contiguous() for n, x in named.items()})
 
-    data = once(config.out, table[0], make)
+    data = keep(table[0], make)
     digest = hashlib.sha256(data).hexdigest()
     what = "the teacher's LM head"
     if isinstance(codec, SparseCodec):
@@ -111,7 +123,7 @@ def make_coding(
     return Coding(codec, (record,), coder, opened)
 
 
-def _same_codec(out: Path, codec: Codec) -> None:
+def same_codec(out: Path, codec: Codec) -> None:
     """Before anything is put into a folder that holds another dataset. Raises: ConfigMismatch."""
     theirs = (recorded_config(out) or {}).get("codec")
     if not isinstance(theirs, dict):

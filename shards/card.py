@@ -31,7 +31,7 @@ def card(manifest: Manifest, name: str = "logit dataset") -> str:
         "views per sample": m.noise.views,
         "rows": m.totals["rows"],
         "shards": f"{len(m.shards)} ({m.totals['bytes'] / 1e6:.1f} MB)",
-        "teacher": _named(teacher, "name", "revision", "architecture", "dtype", "attention"),
+        "teacher": _named(teacher, "name", "revision", "architecture", "kind", "dtype", "attention"),
         "teacher weights": teacher.get("weights_hash"),
         "teacher tokenizer": teacher.get("tokenizer_hash"),
         "student tokenizer": student.tokenizer_hash,
@@ -42,7 +42,7 @@ def card(manifest: Manifest, name: str = "logit dataset") -> str:
         "licence of the corpus": licence or "not stated",
         "noise": f"{m.noise_source}, seed {m.noise.seed}, {m.noise.timesteps} timesteps, by {m.noise.unit}",
         "CompDemo": f"halves of {m.noise.demo_ratio:g}" if m.noise.compdemo else "no",
-        "targets": "log-probs of chunks" if m.kind == "cross" else _codec(m.codec),
+        "targets": "log-probs of chunks" if m.kind == "cross" else codec_words(m.codec),
         **{
             f"file {f.file}": f"{f.what}, {f.bytes:,} bytes, licence: {f.licence or 'not stated'}"
             for f in m.settings.files
@@ -80,7 +80,8 @@ The column `split` says `train` or `heldout`. `manifest.json` holds the whole co
 every shard and record batch; tide checks a batch before it uses one of its rows."""
 
 
-def _codec(codec: Codec) -> str:
+def codec_words(codec: Codec) -> str:
+    """What a codec keeps, in words."""
     if isinstance(codec, ExactCodec):
         return (
             f"exact: the teacher's final hidden states, {codec.width} numbers of {codec.dtype} per position, "

@@ -286,6 +286,29 @@ PARITY = pytest.StashKey[dict[str, Parity]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[PARITY] = defaultdict(Parity)
+    if getattr(config.option, "numprocesses", None):
+        config.pluginmanager.register(FromWorkers(config), "parity-from-workers")
+
+
+class FromWorkers:
+    """Where pytest-xdist runs the tests in several processes, each hands over what it measured as it ends."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.all = config.stash[PARITY]
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        for part, (cases, entries, worst) in getattr(node, "workeroutput", {}).get("parity", {}).items():
+            p = self.all[part]
+            p.cases |= set(cases)
+            p.entries += entries
+            for kind, error in worst.items():
+                p.worst[kind] = max(p.worst[kind], error)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        found = session.config.stash[PARITY].items()
+        output["parity"] = {part: [sorted(p.cases), p.entries, dict(p.worst)] for part, p in found}
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load
-from test_precompute_runner import conversation, rows_of, write_corpus
+from small_precompute import conversation, write_corpus
+from test_precompute_runner import rows_of
 from transformers import PreTrainedTokenizerFast
 
 from precompute.config import PrecomputeConfig

@@ -15,25 +15,9 @@ from transformers import Glm4MoeForCausalLM, Qwen3ForCausalLM
 from precompute.teachers import dense, llada2
 from precompute.teachers.checkpoint import empty_model
 from precompute.teachers.families import family_of
+from tools.plan_models import KNOWN
 
-MINI = {
-    "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "vocab_size": 157184,
-    "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "head_dim": 128, "num_experts": 256, "num_experts_per_tok": 8,
-    "num_shared_experts": 1, "n_group": 8, "topk_group": 4, "moe_intermediate_size": 512,
-    "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
-    "score_function": "sigmoid", "norm_topk_prob": True, "use_qk_norm": True, "use_qkv_bias": False,
-    "use_bias": False, "norm_head": False, "partial_rotary_factor": 0.5, "rope_theta": 600000,
-    "rope_scaling": None, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu",
-    "tie_word_embeddings": False, "pad_token_id": 156892, "dtype": "bfloat16",
-}  # fmt: skip
-WEDLM_8B = {
-    "architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "qk_norm": True, "attention_bias": False,
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000, "rope_scaling": None, "max_position_embeddings": 16384, "hidden_act": "silu",
-    "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": None, "dtype": "bfloat16",
-}  # fmt: skip
+MINI, WEDLM_8B = (KNOWN[name] for name in ("LLaDA2.0-mini", "WeDLM-8B"))
 
 
 def tensors_at_size(golden_model: Path, published: dict[str, Any]) -> dict[str, tuple[int, ...]]:

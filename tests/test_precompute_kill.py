@@ -83,7 +83,7 @@ def told(enter: Callable[[str], None], function: Callable[..., Any], phase: str)
 
 def write(config: Any, enter: Callable[[str], None], calls_left: int | None) -> None:
     """One writer: `precompute`, which is killed at its n-th system call if `calls_left` says so."""
-    from precompute import loop, runner
+    from precompute import loop, recipe, runner
     from shards.writer import DatasetWriter
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +99,7 @@ def write(config: Any, enter: Callable[[str], None], calls_left: int | None) -> 
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    runner.ask_all = told(enter, runner.ask_all, "part")
+    recipe.ask_all = told(enter, recipe.ask_all, "part")
     DatasetWriter.publish = told(enter, DatasetWriter.publish, "publish")
     DatasetWriter.finish = told(enter, DatasetWriter.finish, "finish")
     time.sleep = told(enter, time.sleep, "wait")

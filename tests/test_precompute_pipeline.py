@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from precompute import loop, runner
+from precompute import loop, recipe, runner
 from precompute.busy import Busy
 from precompute.config import PrecomputeConfig
 from precompute.corpus import open_corpus
@@ -114,7 +114,7 @@ def test_one_part_at_most_is_behind(
 ) -> None:
     """The model works on part n while n - 1 is encoded, never on n + 1; a slow encoder changes no byte."""
     events: list[tuple[str, int]] = []
-    build, ask = loop.build, runner.ask_all
+    build, ask = loop.build, recipe.ask_all
 
     def slow(builder: Any, work: Any, *args: Any) -> Any:
         events.append(("encoded", work.part))
@@ -128,7 +128,7 @@ def test_one_part_at_most_is_behind(
         return ask(*args, **kwargs)
 
     monkeypatch.setattr(loop, "build", slow)
-    monkeypatch.setattr(runner, "ask_all", asked)
+    monkeypatch.setattr(recipe, "ask_all", asked)
     config = make(workers=0)
     precompute(config)
     assert contents(config.out) == whole
@@ -224,7 +224,7 @@ def test_an_error_of_the_model_waits_for_the_part_behind_it(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Part 0 is being encoded when the model fails on part 1: it gets on disk, the model's error is told."""
-    build, ask = loop.build, runner.ask_all
+    build, ask = loop.build, recipe.ask_all
     failed = threading.Event()
 
     def late(*args: Any) -> Any:
@@ -240,7 +240,7 @@ def test_an_error_of_the_model_waits_for_the_part_behind_it(
 
     calls: Counter[str] = Counter()
     monkeypatch.setattr(loop, "build", late)
-    monkeypatch.setattr(runner, "ask_all", broken)
+    monkeypatch.setattr(recipe, "ask_all", broken)
     config = make(workers=0)
     with pytest.raises(ModelError, match="the model fails"):
         precompute(config)

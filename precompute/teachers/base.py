@@ -7,17 +7,27 @@ that no [N, V] tensor is ever made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from precompute.budget import token_bytes
 from precompute.teachers.stack import read_hidden
 from shards.errors import ModelError
+from shards.row import Target
 from student.attention import Coordinates
-from student.layout import Attention
+from student.layout import Attention, Piece
+
+if TYPE_CHECKING:
+    from precompute.engine import Targets
+
+TeacherKind = Literal["diffusion", "ar"]
+"""`diffusion` predicts masked tokens from noised text, `ar` (autoregressive) each token from the clean text
+to its left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +42,8 @@ class TeacherSpec:
     """Model type as its config.json names it."""
     attention: Attention
     """How its streams see one another."""
-    mask_token_id: int
+    mask_token_id: int | None
+    """None = an autoregressive teacher, which sees no mask."""
     vocab_size: int
     """Columns of its logits."""
     shifted: bool
@@ -43,10 +54,19 @@ class TeacherSpec:
     """Number format it runs in: `float32` or `bfloat16`."""
     weights_hash: str
     """sha256 over its safetensors files and config.json."""
+    kind: TeacherKind = "diffusion"
+    bos_token_id: int | None = None
+    """Put before an autoregressive teacher's text that does not begin with it; None = it has none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest. What autoregressive teachers alone have is absent from other datasets, whose
+        identity does not depend on it."""
+        own = () if self.kind == "ar" else ("kind", "bos_token_id")
+        return {name: value for name, value in asdict(self).items() if name not in own}
 
 
-class Teacher(Protocol):
-    """A frozen model that predicts masked tokens. Shapes: R rows, P tokens in a row, Q asked places, H, V."""
+class KnownTeacher(Protocol):
+    """A frozen model that predicts tokens. Shapes: R rows, P tokens in a row, Q asked places, H, V."""
 
     @property
     def spec(self) -> TeacherSpec: ...
@@ -57,11 +77,6 @@ class Teacher(Protocol):
     @property
     def token_bytes(self) -> int:
         """Bytes of activations that a token adds to a forward at its peak."""
-        ...
-
-    def hidden(self, ids: Tensor, position: Tensor, at: Coordinates, read: Tensor) -> Tensor:
-        """[Q, H]: last hidden states at `read`, flat indices into the [R, P] rows `ids`, `position` and
-        `at`."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -75,6 +90,43 @@ class Teacher(Protocol):
             ModelError: it is not a linear map.
         """
         ...
+
+
+class PackedTeacher(KnownTeacher, Protocol):
+    """One that runs packed rows, and is told who sees whom."""
+
+    def hidden(self, ids: Tensor, position: Tensor, at: Coordinates, read: Tensor) -> Tensor:
+        """[Q, H]: last hidden states at `read`, flat indices into the [R, P] rows `ids`, `position` and
+        `at`."""
+        ...
+
+
+@runtime_checkable
+class EngineTeacher(KnownTeacher, Protocol):
+    """One in an engine that forms batches itself, and reduces what it finds where it finds it."""
+
+    @property
+    def backend(self) -> dict[str, Any]:
+        """The engine and its settings that decide a dataset's bytes, for the manifest."""
+        ...
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of pieces that are of use in one call of `answer`."""
+        ...
+
+    def answer(
+        self, pieces: Sequence[Piece], gold: np.ndarray, targets: Targets
+    ) -> tuple[np.ndarray, Target | None]:
+        """What `precompute.engine.reduce` makes of the pieces' reads, piece after piece.
+
+        Args:
+            gold: [Q] true tokens.
+        """
+        ...
+
+
+Teacher: TypeAlias = PackedTeacher | EngineTeacher
 
 
 class TransformersTeacher:

@@ -102,6 +102,26 @@ def weights_hash(folder: Path) -> str:
     return total.hexdigest()
 
 
+def check_names(
+    folder: Path, entries: Sequence[Entry], tied: Mapping[str, str], read_as: str
+) -> dict[str, Path]:
+    """`tensor_files` of a checkpoint that has what its model takes, and nothing else.
+
+    Args:
+        entries, tied: see `load_weights`.
+        read_as: the model's name.
+
+    Raises:
+        ModelError: tensors are missing or left over (names them).
+    """
+    where = tensor_files(folder)
+    wanted = {name for e in entries for name in e.theirs}
+    spare = {name for name in where if name.endswith(RECOMPUTED)} | tied.keys()
+    _refuse(folder, "lacks", wanted - where.keys(), read_as)
+    _refuse(folder, "has tensors that no parameter takes:", where.keys() - wanted - spare, read_as)
+    return where
+
+
 def empty_model(model_class: Any, config: Any, **how: Any) -> Any:
     """The model with its shapes and no memory behind them. `how`: dtype, attn_implementation."""
     with torch.device("meta"):
@@ -130,11 +150,7 @@ def load_weights(
     Raises:
         ModelError: tensors are missing, left over, or of the wrong shape (names them).
     """
-    where = tensor_files(folder)
-    wanted = {name for e in entries for name in e.theirs}
-    spare = {name for name in where if name.endswith(RECOMPUTED)} | (tied or {}).keys()
-    _refuse(folder, "lacks", wanted - where.keys(), model_class)
-    _refuse(folder, "has tensors that no parameter takes:", where.keys() - wanted - spare, model_class)
+    where = check_names(folder, entries, tied or {}, model_class.__name__)
     model = empty_model(model_class, config, dtype=dtype, attn_implementation=attn_implementation)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
     state: dict[str, Tensor] = {}
@@ -172,11 +188,11 @@ def _shape(folder: Path, theirs: str, ours: str, got: Iterable[Any], expected: I
     )
 
 
-def _refuse(folder: Path, problem: str, names: Iterable[str], model_class: Any) -> None:
+def _refuse(folder: Path, problem: str, names: Iterable[str], read_as: str) -> None:
     found = sorted(names)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ModelError(
-            f"{folder}: {problem} {', '.join(found[:3])}{more}, read as {model_class.__name__}; is it a "
+            f"{folder}: {problem} {', '.join(found[:3])}{more}, read as {read_as}; is it a "
             "whole checkpoint of the model type that config.json names?"
         )

@@ -82,6 +82,11 @@ def weight_map(config: Any, family: Family) -> list[Entry]:
     ]
 
 
+def tied_names(family: Family) -> dict[str, str]:
+    """Published head -> published embeddings."""
+    return {published_name(HEAD, family.tensors): published_name(EMBEDDINGS, family.tensors)}
+
+
 def load_dense(
     folder: Path,
     published: Mapping[str, Any],
@@ -98,7 +103,6 @@ def load_dense(
     name = str(folder / "config.json")
     family = family_of(published, name)
     config = dense_config(published, family, name)
-    tied = {published_name(HEAD, family.tensors): published_name(EMBEDDINGS, family.tensors)}
     return load_weights(
         folder,
         CLASSES[family.structure][1],
@@ -107,5 +111,5 @@ def load_dense(
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
-        tied=tied if config.tie_word_embeddings else None,
+        tied=tied_names(family) if config.tie_word_embeddings else None,
     )

@@ -111,6 +111,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """Model type -> family."""
+AUTOREGRESSIVE = ("qwen2", "qwen3", "llama")
+"""Model types of autoregressive checkpoints too: of those that name no mask token."""
 
 
 def family_of(published: Mapping[str, Any], name: str = "config.json") -> Family:

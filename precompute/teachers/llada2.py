@@ -27,6 +27,8 @@ EXPERTS = ("grouped_mm", "eager")
 256 experts of LLaDA2.0 the first takes half the time; with 64 and many tokens for each, up to half more."""
 KEPT_IN_FLOAT32 = "e_score_correction_bias"
 """The router's selection bias: rounding it changes which experts are chosen."""
+TIED = {"lm_head.weight": "model.word_embeddings.weight"}
+"""Published head -> published embeddings, where they are tied."""
 
 SAME_NAME = (
     *(
@@ -177,7 +179,7 @@ def load_llada2(
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
-        tied={"lm_head.weight": "model.word_embeddings.weight"} if config.tie_word_embeddings else None,
+        tied=TIED if config.tie_word_embeddings else None,
         float32=KEPT_IN_FLOAT32,
     )
     try:  # asked for by name, the library refuses where it would otherwise fall back to the loop

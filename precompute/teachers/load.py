@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,25 @@ import torch
 from huggingface_hub import snapshot_download
 
 from precompute.teachers import dense, llada2
-from precompute.teachers.base import TeacherSpec, TransformersTeacher
+from precompute.teachers.base import TeacherKind, TeacherSpec, TransformersTeacher
 from precompute.teachers.checkpoint import weights_hash
-from precompute.teachers.families import SECTION, Family, family_of
+from precompute.teachers.families import AUTOREGRESSIVE, SECTION, Family, family_of
 from shards.errors import ModelError, UsageError
 from student.layout import Attention
 from student.run_attention import RUNS
 from student.tokenizer import load_tokenizer, read_tokenizer
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md"]
+WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.jinja", "*.model")
+FILES = (*WITHOUT_WEIGHTS, "*.safetensors", "README.md")
 """What a teacher needs from the hub, and its card, which names its licence; never code."""
 
 
-def teacher_folder(path_or_id: str | Path) -> tuple[Path, str | None]:
+def teacher_folder(path_or_id: str | Path, files: Sequence[str] = FILES) -> tuple[Path, str | None]:
     """The local folder of a model and, for a hub id, the commit it is at.
 
     Args:
         path_or_id: a folder, or `owner/name` on the hub; `owner/name@revision` for a branch, tag or commit.
+        files: patterns of those to fetch from the hub.
 
     Raises:
         ModelError: no such folder, and no such model within reach on the hub.
@@ -38,7 +42,7 @@ def teacher_folder(path_or_id: str | Path) -> tuple[Path, str | None]:
     if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise ModelError(f"{path_or_id}: no such model folder; give a folder with config.json, or a hub id")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
     except Exception as e:  # the hub client raises many kinds; all mean that the model is not to be had
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise ModelError(f"{path_or_id}: neither a folder nor reachable on the hub ({reason})") from e
@@ -74,28 +78,133 @@ def load_teacher_tokenizer(path_or_id: str | Path) -> Any:
     return load_tokenizer(folder, tokenizer_type=family_of(read_config(folder)).tokenizer_type)
 
 
-def mask_token_id(folder: Path, published: dict[str, Any], family: Family, vocab_size: int) -> int:
-    """Mask id from the `tide_teacher` section, else from the tokenizer, else from config.json, else the one
-    its family is known to use."""
+def named_mask(folder: Path, published: dict[str, Any], family: Family) -> int | None:
+    """Mask id from the `tide_teacher` section, else from the tokenizer, else from config.json; None = they
+    name none."""
     mask = published.get(SECTION, {}).get("mask_token_id")
-    if mask is None and any(folder.glob("tokenizer*.json")):
-        mask = read_tokenizer(folder, tokenizer_type=family.tokenizer_type).mask_token_id
     if mask is None:
-        mask = published.get("mask_token_id")
+        mask = _token_id(folder, family, "mask")
+    return published.get("mask_token_id") if mask is None else mask
+
+
+def _token_id(folder: Path, family: Family, which: str) -> int | None:
+    """Id of the tokenizer's `mask` or `bos` token; None where it has none, or is not there."""
+    if not any(folder.glob("tokenizer*.json")):
+        return None
+    found = getattr(read_tokenizer(folder, tokenizer_type=family.tokenizer_type), f"{which}_token_id")
+    return None if found is None else int(found)
+
+
+def mask_token_id(folder: Path, published: dict[str, Any], family: Family, vocab_size: int) -> int:
+    """The mask id that the checkpoint names, else the one its family is known to use."""
+    mask = named_mask(folder, published, family)
     if mask is None and family.mask_token_id is not None and family.mask_token_id < vocab_size:
         mask = family.mask_token_id
     if mask is None:
         raise ModelError(
-            f"{folder}: no mask token: config.json needs mask_token_id, or its tokenizer a mask_token"
+            f"{folder}: no mask token: config.json needs mask_token_id, or its tokenizer a mask_token; an "
+            "autoregressive model is teacher-kind ar"
         )
     if not 0 <= mask < vocab_size:
         raise ModelError(f"{folder}: mask id {mask} lies outside the model's vocabulary of {vocab_size}")
     return int(mask)
 
 
+def teacher_kind(path_or_id: str | Path) -> TeacherKind:
+    """Whether a teacher is asked as a diffusion model or as an autoregressive one, by its checkpoint: `ar` is
+    one of a model type that autoregressive models have too, without a mask token to its name.
+
+    Raises:
+        ModelError: see `read_config`.
+    """
+    folder, _ = teacher_folder(path_or_id)
+    published = read_config(folder)
+    plain = published.get("model_type") in AUTOREGRESSIVE
+    return "ar" if plain and named_mask(folder, published, family_of(published)) is None else "diffusion"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """A checkpoint, read but for its weights, and how it is asked."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    published: dict[str, Any]
+    """Its config.json."""
+    family: Family
+    config: Any
+    """The library's configuration of it."""
+    kind: TeacherKind
+    attention: Attention
+    mask_token_id: int | None
+    bos_token_id: int | None
+
+    def spec(self, dtype: torch.dtype) -> TeacherSpec:
+        """Its identity; reads all of its weights.
+
+        Args:
+            dtype: that it runs in.
+        """
+        return TeacherSpec(
+            name=self.name,
+            revision=self.revision,
+            architecture=self.published["model_type"],
+            attention=self.attention,
+            mask_token_id=self.mask_token_id,
+            vocab_size=self.config.vocab_size,
+            shifted=self.family.shifted,
+            block_size=self.family.block_size,
+            dtype=str(dtype).removeprefix("torch."),
+            weights_hash=weights_hash(self.folder),
+            kind=self.kind,
+            bos_token_id=self.bos_token_id,
+        )
+
+
+def describe_teacher(
+    path_or_id: str | Path, *, kind: TeacherKind = "diffusion", attention: Attention | None = None
+) -> Description:
+    """What a folder or hub id says of a teacher; before gigabytes are read. Arguments and errors: as
+    `load_teacher`."""
+    folder, commit = teacher_folder(path_or_id)
+    published = read_config(folder)
+    family = family_of(published)
+    autoregressive = kind == "ar"
+    if autoregressive:
+        family = replace(family, attention="causal", shifted=True, block_size=None)
+    attention = attention or family.attention
+    if autoregressive and attention != "causal":
+        raise ValueError(f"an autoregressive teacher is causal, got attention {attention!r}")
+    if family.shifted and attention == "staircase-causal":
+        raise UsageError(
+            f"teacher-attention {attention} reorders blocks, but {published['model_type']} reads each "
+            f"position at its left neighbour: use {family.attention}"
+        )
+    name = str(folder / "config.json")
+    config = (
+        llada2.glm_config(published, name)
+        if family.structure == "llada2"
+        else dense.dense_config(published, family, name)
+    )
+    return Description(
+        folder=folder,
+        name=str(path_or_id).partition("@")[0] if commit else folder.resolve().name,
+        revision=commit,
+        published=published,
+        family=family,
+        config=config,
+        kind=kind,
+        attention=attention,
+        mask_token_id=None if autoregressive else mask_token_id(folder, published, family, config.vocab_size),
+        bos_token_id=_token_id(folder, family, "bos") if autoregressive else None,
+    )
+
+
 def load_teacher(
     path_or_id: str | Path,
     *,
+    kind: TeacherKind = "diffusion",
     attention: Attention | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -105,46 +214,24 @@ def load_teacher(
 
     Args:
         path_or_id: see `teacher_folder`.
-        attention: how its streams attend; None = the family's own way.
+        kind: how it is asked, whatever its family: `ar` is causal, reads each position at its left neighbour,
+            and needs no mask token.
+        attention: how a diffusion teacher's streams attend; None = the family's own way.
         experts: of a mixture of experts, one of `llada2.EXPERTS`.
 
     Raises:
         ModelError: missing folder, unknown family, weights missing or left over, no mask token.
         UsageError: an attention kind that does not go with shifted outputs.
     """
-    folder, commit = teacher_folder(path_or_id)
-    published = read_config(folder)
-    family = family_of(published)
-    attention = attention or family.attention
-    if family.shifted and attention == "staircase-causal":
-        raise UsageError(
-            f"teacher-attention {attention} reorders blocks, but {published['model_type']} reads each "
-            f"position at its left neighbour: use {family.attention}"
-        )
+    found = describe_teacher(path_or_id, kind=kind, attention=attention)
     how: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
         "attn_implementation": "flex_attention" if torch.device(device).type == "cuda" else RUNS,
     }
-    name = str(folder / "config.json")
-    moe = family.structure == "llada2"
-    config = llada2.glm_config(published, name) if moe else dense.dense_config(published, family, name)
-    mask = mask_token_id(folder, published, family, config.vocab_size)  # before gigabytes are read
     model: Any = (
-        llada2.load_llada2(folder, config, experts=experts, **how)
-        if moe
-        else dense.load_dense(folder, published, **how)
+        llada2.load_llada2(found.folder, found.config, experts=experts, **how)
+        if found.family.structure == "llada2"
+        else dense.load_dense(found.folder, found.published, **how)
     )
-    spec = TeacherSpec(
-        name=str(path_or_id).partition("@")[0] if commit else folder.resolve().name,
-        revision=commit,
-        architecture=published["model_type"],
-        attention=attention,
-        mask_token_id=mask,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
-        shifted=family.shifted,
-        block_size=family.block_size,
-        dtype=str(dtype).removeprefix("torch."),
-        weights_hash=weights_hash(folder),
-    )
-    return TransformersTeacher(model, spec)
+    return TransformersTeacher(model, found.spec(dtype))

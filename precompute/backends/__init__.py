@@ -1,0 +1,1 @@
+"""Engines that batch by themselves, in place of transformers' forward passes."""
