@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from shards.codec import SparseCodec
+from shards.realistic import realistic_targets
 from shards.row import PositionTargets, Row
-from shards.synthetic import realistic_targets
 from student.batch import collate
 from student.fused import fused_loss
 from student.objective import parse_objective

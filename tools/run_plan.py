@@ -9,6 +9,7 @@ import typer
 
 from tools.console import Output
 from tools.options import Config, Json, opt
+from tools.plan_commands import precompute, project
 from tools.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 ASSUMED, CHOSEN = "Assumptions", "Settings (those --vram picks where it is given)"
 
 plan = typer.Typer(help="What a run would cost, before it runs.", no_args_is_help=True, add_completion=False)
+plan.command("all")(project)
+plan.command()(precompute)
 
 
 @plan.command()
 def train(
     student: Annotated[str, opt("Student: model folder or hub id; its config.json is enough.", "DIR|ID")],
-    vram: Annotated[float | None, opt("Pick settings for a card of this size (GiB).", "GIB")] = None,
+    vram: Annotated[
+        float | None, opt("Pick settings for a card of this size (default: none).", "GIB")
+    ] = None,
     batch_tokens: Annotated[int, opt("Packed student tokens per step, over all GPUs.", "TOKENS")] = 8192,
     gpus: Annotated[int, opt("GPUs, each with the whole student.", "N")] = 1,
     optimizer: Annotated[str, opt("transformers' name.", "NAME", CHOSEN)] = "adamw_bnb_8bit",
@@ -33,7 +38,7 @@ def train(
     eight_bit_embedding: Annotated[
         bool, opt("The embedding's optimiser state in 8 bits too.", None, CHOSEN)
     ] = False,
-    lora: Annotated[int | None, opt("Train updates of this rank.", "RANK")] = None,
+    lora: Annotated[int | None, opt("Train updates of this rank (default: the weights).", "RANK")] = None,
     qlora: Annotated[bool, opt("The same over weights in 4 bits.")] = False,
     bf16: Annotated[bool, opt("Compute in bfloat16.")] = True,
     flex: Annotated[

@@ -14,8 +14,9 @@ import torch
 from shards.codec import SparseCodec
 from shards.noise import NoiseConfig, make_plan
 from shards.reader import LogitDataset
+from shards.realistic import realistic_targets
 from shards.row import PositionTargets, Row
-from shards.synthetic import realistic_targets, synthetic_config
+from shards.synthetic import synthetic_config
 from shards.writer import DatasetWriter
 from student.model import A2DQwen3Config, A2DQwen3LMHeadModel
 from tools.layouts import Sizes, sft_samples
