@@ -20,11 +20,14 @@ from tools.run_demo import demo
 from tools.run_eval import evaluate
 from tools.run_export import export
 from tools.run_generate import generate
+from tools.run_inspect import inspect
 from tools.run_plan import plan
 from tools.run_precompute import precompute
+from tools.run_report import report
 from tools.run_share import merge, pull, push
 from tools.run_train import train
 from tools.run_verify import verify
+from tools.run_walk import walk
 
 app = typer.Typer(
     name="tide",
@@ -39,9 +42,12 @@ app.command()(train)
 app.add_typer(plan, name="plan")
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(report)
 app.command()(generate)
 app.command()(export)
+app.command()(inspect)
 app.command()(verify)
+app.command()(walk)
 app.command()(push)
 app.command()(pull)
 app.command()(merge)

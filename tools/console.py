@@ -13,15 +13,16 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import rich.box
 import rich.table
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -30,6 +31,8 @@ from tools.tables import Table
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between progress lines where standard error is not a terminal."""
+WIDE = 100
+"""Columns of a terminal that has room for long bars."""
 Report = Callable[..., None]
 """Called with what is done, how much there is in all (None = not known), and optionally what is going on."""
 INTERRUPTED = 130
@@ -48,6 +51,18 @@ class Rate(ProgressColumn):
         return Text(rate(task.speed or task.finished_speed or 0.0, task.fields["unit"]), style="cyan")
 
 
+class TimeLeft(ProgressColumn):
+    """`ETA 1:02:03` where the end can be told, else the time since the beginning."""
+
+    def render(self, task: Task) -> Text:
+        left = None if task.finished or not task.total else task.time_remaining
+        seconds, word = (left, "ETA ") if left is not None else (task.finished_time or task.elapsed, "")
+        minutes, rest = divmod(int(seconds or 0), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        return Text(f"{word}{clock}", style="cyan" if word else "dim")
+
+
 def rate(per_second: float, unit: str) -> str:
     """`12.3 views/s`, or `4.0 views/min` for what takes more than a second each."""
     if per_second <= 0:
@@ -60,24 +75,25 @@ class Progress:
     """Progress of pieces of work, one after another or side by side, a line for each: a context manager.
 
     Bars with rate and time left on a terminal; elsewhere a plain line every `PLAIN_INTERVAL_S`, or none with
-    `plain=False`, for work that logs lines of its own.
+    `plain=False`, for work that logs lines of its own. A rate's clock starts with the first amount that is
+    not 0: loading, and what an earlier call of a resumed command has done, count in none.
     """
 
     def __init__(self, *, plain: bool = True) -> None:
         terminal = Console(stderr=True)
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if terminal.width >= WIDE else 8),
             TextColumn("{task.fields[count]}", justify="right"),
             Rate(),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeLeft(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
         self._bars = Bars(*columns, console=terminal) if terminal.is_terminal and is_main_process() else None
         self._plain = plain and is_main_process()
         self._tasks: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, float]] = {}
-        """Title -> time and count of its first call."""
+        """Title -> time and count where its rate begins."""
         self._printed = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -94,16 +110,30 @@ class Progress:
     def __call__(
         self, title: str, done: float, total: float | None = None, *, unit: str = "steps", note: str = ""
     ) -> None:
-        """`done` of `total` (None = not known) on the line of this title; its first call starts the clock."""
-        count = f"{int(done):,}{'' if total is None else f'/{total:,.0f}'} {unit}"
+        """`done` of `total` (None = not known) on the line of this title."""
+        count = f"{int(done):,}{'' if total is None else f'/{total:,.0f}'}"
         if self._bars:
+            # A total of None makes a bar that moves to and fro: work is going on that does not count yet.
+            shown: dict[str, Any] = {"total": total, "count": count, "note": note}
+            if not done:
+                shown |= {"total": None, "count": f"{count} {unit}"}
             if title not in self._tasks:
-                self._tasks[title] = self._bars.add_task(
-                    title, total=total, unit=unit, count=count, note=note
-                )
-            self._bars.update(self._tasks[title], completed=done, total=total, count=count, note=note)
+                self._tasks[title] = self._bars.add_task(title, unit=unit, **shown)
+            self._bars.update(self._tasks[title], completed=done, **shown)
         elif self._plain:
-            self._print(title, done, total, count, unit, note)
+            self._print(title, done, total, f"{count} {unit}", unit, note)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """A line, on a terminal, while something goes on that cannot be counted, such as loading a model."""
+        if self._bars is None:
+            yield
+            return
+        task = self._bars.add_task(what, total=None, unit="", count="", note="")
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
 
     def line(self, title: str, unit: str) -> Report:
         """The line of a title, as what workers call with (done, total, what is going on)."""
@@ -111,7 +141,7 @@ class Progress:
 
     def _print(self, title: str, done: float, total: float | None, count: str, unit: str, note: str) -> None:
         now = time.monotonic()
-        start, first = self._began.setdefault(title, (now, done))
+        start, first = self._began.setdefault(title, (now, done)) if done else (now, done)
         if now - self._printed < PLAIN_INTERVAL_S:
             return
         self._printed = now
@@ -120,6 +150,13 @@ class Progress:
         left = f"{(total - done) / speed:,.0f} s left" if total is not None and speed > 0 else ""
         shown = ", ".join(filter(None, (count, rate(speed, unit), left, note)))
         print(f"{title}: {shown}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """`Progress.doing` where nothing else goes on."""
+    with Progress(plain=False) as progress, progress.doing(what):
+        yield
 
 
 class Lines(logging.Handler):
@@ -150,11 +187,17 @@ class Output:
         if is_main_process():
             self._people.print(text, markup=False, soft_wrap=True)
 
+    def show(self, piece: RenderableType) -> None:
+        """Something of rich's for people: styled text, a table that folds."""
+        if is_main_process():
+            self._people.print(piece)
+
     def report(self, table: Table) -> None:
         """A table for people, its note below."""
         if not is_main_process():
             return
         grid = rich.table.Table(title=Text(table.title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+        grid.show_header = any(column.label for column in table.columns)
         for column in table.columns:
             grid.add_column(Text(column.label), justify=column.align)
         for row in table.texts():

@@ -51,6 +51,8 @@ tbody tr:nth-child(even) { background: var(--stripe); }
 tbody tr:last-child td { border-bottom: 0; }
 .left { text-align: left; }
 .right { text-align: right; }
+tbody td { vertical-align: top; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 .note, figcaption { color: var(--quiet); font-size: .875rem; margin: 10px 0 0; max-width: 80ch; }
 figure { margin: 0; }
 .plot { width: 100%; }
@@ -108,6 +110,7 @@ $sections
   narrow.addEventListener("change", draw);
 })();
 </script>
+$widgets
 </body>
 </html>
 """)

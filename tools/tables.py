@@ -16,6 +16,8 @@ class Column:
     align: Align = "right"
     digits: int = 4
     """Decimals of float cells."""
+    wrap: bool = False
+    """On a page, long texts break into lines; without, the table scrolls sideways."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
