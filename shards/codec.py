@@ -25,8 +25,8 @@ TAIL_CODES = 127
 NARROW_CODES = 7
 """Largest code of half a byte."""
 MAX_SKETCH = 512
-SUM_BLOCK = 1 << 12
-"""Codes summed up at once."""
+SUM_WINDOW = 1 << 13
+"""Codes whose sums come from doubling; a power of two."""
 EXACT_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of a number, by the exact codec's dtype."""
 TABLE_FRAME_BYTES = 1 << 16
@@ -215,23 +215,24 @@ def differences(codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def undo_differences(stored: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The codes of lists, offsets [rows + 1], that `differences` made of them from each list's first on."""
     running = _running_sum(stored)
-    before = np.append(np.uint8(0), running)[offsets[:-1]]
-    running -= np.repeat(before, np.diff(offsets))
-    return running
+    before, codes = running[offsets[:-1]], running[1:]
+    codes -= np.repeat(before, np.diff(offsets))
+    return codes
 
 
 def _running_sum(values: np.ndarray) -> np.ndarray:
-    """u8 sums mod 256: by doubling inside blocks, which is done for many at once, then over the blocks."""
-    now = np.zeros((-(-len(values) // SUM_BLOCK), SUM_BLOCK), np.uint8)
-    now.reshape(-1)[: len(values)] = values
-    after = np.empty_like(now)
-    step = 1
-    while step < SUM_BLOCK:
-        after[:, :step] = now[:, :step]
-        np.add(now[:, step:], now[:, :-step], out=after[:, step:])
+    """[K + 1] u8: sums mod 256 of the first 0, 1, ... values. First, by doubling, of each value and those
+    right before it, a window's length; whole windows then follow one another."""
+    now = np.append(np.uint8(0), values)
+    after, step = np.empty_like(now), 1
+    while step < min(SUM_WINDOW, len(now)):
+        after[:step] = now[:step]
+        np.add(now[step:], now[:-step], out=after[step:])
         now, after, step = after, now, 2 * step
-    now[1:] += np.cumsum(now[:-1, -1], dtype=np.uint8)[:, None]
-    return now.reshape(-1)[: len(values)]
+    for start in range(step, len(now), step):
+        window = now[start : start + step]
+        window += now[start - step :][: len(window)]
+    return now
 
 
 def quantise_tail(zeta: np.ndarray, step: float) -> np.ndarray:
@@ -244,9 +245,10 @@ def quantise_tail(zeta: np.ndarray, step: float) -> np.ndarray:
     return np.where(empty, EMPTY_TAIL, codes).astype(np.int8)
 
 
-def dequantise_tail(codes: np.ndarray, step: float) -> np.ndarray:
-    """float32 tail logsumexps of int8 codes."""
-    out = np.multiply(codes, step, dtype=np.float64).astype(np.float32)
+def dequantise_tail(codes: np.ndarray, step: float, out: np.ndarray | None = None) -> np.ndarray:
+    """float32 tail logsumexps of int8 codes, the product taken in float64."""
+    out = np.empty(codes.shape, np.float32) if out is None else out
+    np.multiply(codes, step, out=out, dtype=np.float64, casting="same_kind")
     if (empty := codes == EMPTY_TAIL).any():
         out[empty] = -np.inf
     return out

@@ -9,11 +9,12 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from shards.arrays import bounds, empty
 from shards.errors import RowError
 from shards.row import ChunkTargets, DenseTarget, ExactTarget, PositionTargets, Row, SparseTarget, Target
 from shards.schema import planes
 
-BLOCK = 1 << 14
+BLOCK = 1 << 16
 """Ids joined at once."""
 LIST_LIMIT = 2**31 - 1
 """Values in one list column of one record batch: Arrow's offsets are int32."""
@@ -29,7 +30,7 @@ class Ragged:
 
     @classmethod
     def of(cls, values: np.ndarray, lengths: Any) -> Ragged:
-        return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+        return cls(values, bounds(lengths))
 
     @classmethod
     def gather(cls, arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> Ragged:
@@ -55,8 +56,7 @@ class Ragged:
         """[rows] sum of `values` (one per value of this column) over each row."""
         if values.dtype == np.bool_:
             return np.diff(np.searchsorted(np.flatnonzero(values), self.offsets))
-        running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        return running[self.offsets[1:]] - running[self.offsets[:-1]]
+        return np.diff(bounds(values)[self.offsets])
 
     def totals(self) -> np.ndarray:
         """[rows] int64 sum of each row's values."""
@@ -76,15 +76,17 @@ class Columns:
     scalars: dict[str, np.ndarray]
     lists: dict[str, Ragged]
 
-    def ids(self, name: str) -> Ragged:
-        """Token ids, int32, from their bytes."""
+    def ids(self, name: str) -> tuple[Ragged, int]:
+        """Token ids, int32, from their bytes, and the largest of them (-1 = there are none)."""
         parts = [self.lists[plane] for plane in planes(name)]
-        return Ragged(_joined([p.values for p in parts]), parts[0].offsets)
+        whole, largest = _joined([p.values for p in parts])
+        return Ragged(whole, parts[0].offsets), largest
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """int32 from their bytes, lowest first; as many at once as stay in the processor's cache on the way."""
-    whole = empty(len(parts[0]), np.int32)
+def _joined(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+    """int32 from their bytes, lowest first, and their maximum; as many at once as stay in the processor's
+    cache on the way."""
+    whole, largest = empty(len(parts[0]), np.int32), -1
     for start in range(0, len(whole), BLOCK):
         block = slice(start, start + BLOCK)
         out = whole[block]
@@ -92,13 +94,8 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
         for part in reversed(parts[:-1]):
             out <<= 8
             out |= part[block]
-    return whole
-
-
-def empty(n: int, dtype: type[np.generic]) -> np.ndarray:
-    """[n] of Arrow's pool, which uses memory again that malloc gives back to the system each time: for what
-    is made of every record batch."""
-    return np.frombuffer(pa.allocate_buffer(n * np.dtype(dtype).itemsize), dtype)
+        largest = max(largest, int(out.max()))
+    return whole, largest
 
 
 def narrowed(values: np.ndarray) -> np.ndarray:
@@ -121,8 +118,11 @@ class RowBatch(Sequence[Row]):
     lists: dict[str, Ragged]
     """By the names of the fields of `Row`, `PositionTargets`, its target, and `ChunkTargets`
     (`chunk_` before the latter's). A column with a second axis keeps it."""
-    _cuts: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
-    """Since a row was cut, the offsets of every list as Python's own numbers, which take half the time."""
+    _scalars: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    """Since a row was cut, `scalars` as Python's own values."""
+    _cuts: dict[str, tuple[np.ndarray, list[int]]] = field(default_factory=dict, init=False, repr=False)
+    """Since then also the values of every list, and its offsets as Python's own numbers, which take half the
+    time."""
 
     def __len__(self) -> int:
         return len(self.scalars["view"])
@@ -139,37 +139,27 @@ class RowBatch(Sequence[Row]):
         )
 
     def _row(self, i: int) -> Row:
-        x, cuts, end = self.lists, self._cuts, i + 1
-        if not cuts:
-            cuts.update({name: column.offsets.tolist() for name, column in x.items()})
-
-        def cut(name: str) -> np.ndarray:
-            at = cuts[name]
-            return x[name].values[at[i] : at[end]]
-
+        if not self._cuts:
+            self._scalars.update({name: x.tolist() for name, x in self.scalars.items()})
+            self._cuts.update({name: (x.values, x.offsets.tolist()) for name, x in self.lists.items()})
+        x = {name: values[at[i] : at[i + 1]] for name, (values, at) in self._cuts.items()}
         positions, chunks = None, None
         if "positions" in x:
             target: Target
             if "dense" in x:
-                target = DenseTarget(cut("dense"))
+                target = DenseTarget(x["dense"])
             elif "hidden" in x:
-                target = ExactTarget(cut("hidden"))
+                target = ExactTarget(x["hidden"])
             else:
-                sketch = cut("sketch") if "sketch" in x else None
-                target = SparseTarget(cut("counts"), cut("ids"), cut("logp"), cut("tails"), sketch)
-            positions = PositionTargets(cut("positions"), cut("half_a"), cut("gold_logp"), target)
+                target = SparseTarget(x["counts"], x["ids"], x["logp"], x["tails"], x.get("sketch"))
+            positions = PositionTargets(x["positions"], x["half_a"], x["gold_logp"], target)
         else:
-            chunks = ChunkTargets(**{name: cut(f"chunk_{name}") for name in ChunkTargets.__slots__})
+            chunks = ChunkTargets(**{name: x[f"chunk_{name}"] for name in ChunkTargets.__slots__})
         return Row(
-            sample_id=str(self.scalars["sample_id"][i]),
-            view=int(self.scalars["view"][i]),
-            split=str(self.scalars["split"][i]),
-            t=float(self.scalars["t"][i]),
-            input_ids=cut("input_ids"),
-            real_length=int(self.scalars["real_length"][i]),
-            content_bytes=int(self.scalars["content_bytes"][i]),
-            maskable=cut("maskable"),
-            masked=cut("masked"),
+            **{name: values[i] for name, values in self._scalars.items()},
+            input_ids=x["input_ids"],
+            maskable=x["maskable"],
+            masked=x["masked"],
             positions=positions,
             chunks=chunks,
         )

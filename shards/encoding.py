@@ -248,7 +248,7 @@ def _decode_shared(c: Columns, codec: Codec, shared_vocab_size: int) -> dict[str
     counts = c.lists["counts"]
     tails = np.empty((len(counts.values), len(codec.temperatures)), np.float32)
     for j in range(len(codec.temperatures)):
-        tails[:, j] = dequantise_tail(c.lists[f"tail_{j}"].values, codec.tail_step)
+        dequantise_tail(c.lists[f"tail_{j}"].values, codec.tail_step, out=tails[:, j])
     return {
         **out,
         "counts": Ragged(counts.values.astype(np.int32), counts.offsets),

@@ -86,7 +86,7 @@ class Guard:
             CorruptShard: it is not, and Arrow must not see it.
         """
         try:
-            rows, nodes, sizes = _declared(data)
+            rows, nodes, _, sizes = _declared(data)
         except (struct.error, ValueError) as e:
             raise CorruptShard(f"{where}: is not a record batch ({e}): {_REMEDY}") from e
         limit = memory_limit(
@@ -113,8 +113,26 @@ class Guard:
         raise CorruptShard(f"{where}: is not a record batch of this dataset ({reason}): {_REMEDY}")
 
 
-def _declared(data: bytes) -> tuple[int, list[tuple[int, int]], list[int]]:
-    """Rows, (length, nulls) of every array, and bytes of every buffer once decompressed.
+def column_bytes(data: bytes, columns: pa.Schema) -> dict[str, int]:
+    """Bytes that each column takes in a record batch message as it is stored, compressed.
+
+    What is left of the message are Arrow's headers and padding.
+
+    Args:
+        data: a message that `Guard.check` accepted.
+        columns: of this project's types: numbers, strings, and lists of numbers.
+    """
+    stored = iter(_declared(data)[2])
+    found = {}
+    for field in columns:
+        # Validity and values; a string has offsets besides, a list offsets and the validity of its items.
+        buffers = 4 if pa.types.is_list(field.type) else 3 if pa.types.is_string(field.type) else 2
+        found[field.name] = sum(next(stored) for _ in range(buffers))
+    return found
+
+
+def _declared(data: bytes) -> tuple[int, list[tuple[int, int]], list[int], list[int]]:
+    """Rows, (length, nulls) of every array, bytes of every buffer as stored, and once decompressed.
 
     Follows Arrow's Message.fbs. Raises: ValueError, struct.error: cut short, contradictory, something else.
     """
@@ -138,8 +156,8 @@ def _declared(data: bytes) -> tuple[int, list[tuple[int, int]], list[int]]:
         raise ValueError("compressed otherwise than by zstd")
     if batch.at(4):
         raise ValueError("arrays with a variable number of buffers")
-    sizes = []
-    for offset, length in batch.pairs(2):
+    buffers, sizes = batch.pairs(2), []
+    for offset, length in buffers:
         if not (0 <= offset <= len(body) and 0 <= length <= len(body) - offset):
             raise ValueError(f"a buffer of {length} bytes at {offset} of {len(body)}")
         if compression is not None and length:
@@ -148,7 +166,7 @@ def _declared(data: bytes) -> tuple[int, list[tuple[int, int]], list[int]]:
             if length < 0:
                 raise ValueError(f"a buffer of {length} bytes")
         sizes.append(length)
-    return rows, batch.pairs(1), sizes
+    return rows, batch.pairs(1), [length for _, length in buffers], sizes
 
 
 class _Table:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.arrays import bounds, empty
 from shards.codec import (
     EMPTY_TAIL,
     Codec,
@@ -24,7 +25,7 @@ from shards.codec import (
     undo_differences,
     unpack_sketch,
 )
-from shards.columns import Columns, Ragged, empty, widened
+from shards.columns import Columns, Ragged, widened
 from shards.errors import RowError
 from shards.noise import EPSILON
 from shards.schema import planes
@@ -34,6 +35,8 @@ ID_LIMIT = 1 << 24
 """Token ids are stored as three bytes."""
 BLOCK = 1 << 15
 """Kept entries checked at once: what is computed on the way stays in the processor's cache."""
+WINDOW = 256
+"""Kept entries sorted together to find repeated ids, at least."""
 MASS_SLACK = 1e-2
 """A distribution's stored mass may differ from 1 by this, beyond what its codec's rounding explains."""
 LOGP_SLACK = 1e-3
@@ -67,9 +70,9 @@ class Checker:
             row = int(np.searchsorted(of.offsets, k, side="right")) - 1
             raise self.error(f"{column}[{k - of.offsets[row]}]", row, expected, of.values[k])
 
-    def below(self, limit: int, column: str, ids: Ragged, of: str) -> None:
-        """Ids, none negative."""
-        if len(ids.values) and ids.values.max() >= limit:  # a maximum takes a fraction of a comparison's time
+    def below(self, limit: int, column: str, ids: Ragged, largest: int, of: str) -> None:
+        """Ids and their maximum."""
+        if largest >= limit:
             self.items(ids.values >= limit, column, ids, f"an id below {of}'s {limit}")
 
     def lengths(self, c: Columns, names: Sequence[str], offsets: np.ndarray, what: str) -> None:
@@ -92,8 +95,8 @@ def check_noise(c: Columns, check: Checker, vocab_size: int) -> dict[str, Ragged
     masked = c.lists["masked"]
     length = masked.lengths
     check.lengths(c, planes("input"), masked.offsets, "token")
-    ids = c.ids("input")
-    check.below(vocab_size, "input", ids, "the vocabulary")
+    ids, largest = c.ids("input")
+    check.below(vocab_size, "input", ids, largest, "the vocabulary")
     real = c.scalars["real_length"]
     check.rows((real < 1) | (real > length), "real_length", "a length within the sample", real)
     check.rows(c.scalars["content_bytes"] < 0, "content_bytes", "at least 0", c.scalars["content_bytes"])
@@ -180,8 +183,7 @@ def _check_heads(
     counts = c.lists["counts"]
     cap = min(codec.cap, vocab_size)
     check.items((counts.values < 1) | (counts.values > cap), "counts", counts, f"1 to {cap} kept entries")
-    kept = np.append(0, np.cumsum(counts.totals()))
-    check.lengths(c, (*planes("top"), "top_logp"), kept, "kept entry")
+    check.lengths(c, (*planes("top"), "top_logp"), bounds(counts.totals()), "kept entry")
     full = counts.values == vocab_size
     for name in tail_names:
         tail = c.lists[name]
@@ -192,16 +194,12 @@ def _check_heads(
     sketch = {"sketch": _check_sketch(c, check, codec, offsets)} if codec.sketch else {}
     stored = c.lists["top_logp"]
     codes = Ragged(undo_differences(stored.values, stored.offsets), stored.offsets)
-    ids = c.ids("top")
-    check.below(vocab_size, "top", ids, "the shared vocabulary")
+    ids, largest = c.ids("top")
+    check.below(vocab_size, "top", ids, largest, "the shared vocabulary")
     logp = Ragged(empty(len(codes.values), np.float32), codes.offsets)
     dequantise_head(codes.values, codec.step, out=logp.values)
     if thorough:
-        edges = np.append(0, np.cumsum(counts.values, dtype=np.int64))  # of the heads
-        rising = np.append(False, codes.values[1:] < codes.values[:-1])[: len(codes.values)]
-        rising[edges[:-1]] = False
-        check.items(rising, "top_logp", codes, "entries from most to least probable")
-        _check_mass(c, check, codec, _head_mass(edges, ids, logp, check))
+        _check_mass(c, check, codec, _head_mass(bounds(counts.values), ids, codes, logp, check))
     return {"ids": ids, "logp": logp, **sketch}
 
 
@@ -221,14 +219,22 @@ def _check_sketch(c: Columns, check: Checker, codec: SparseCodec, offsets: np.nd
     return Ragged(codes, offsets)
 
 
-def _head_mass(edges: np.ndarray, ids: Ragged, logp: Ragged, check: Checker) -> np.ndarray:
-    """[N] mass of each head, whose ids are found to differ. `edges`: [N + 1], where heads start and end."""
+def _head_mass(edges: np.ndarray, ids: Ragged, codes: Ragged, logp: Ragged, check: Checker) -> np.ndarray:
+    """[N] mass of each head, whose codes are found not to fall and whose ids to differ.
+
+    Args:
+        edges: [N + 1], where heads start and end.
+    """
     mass = np.zeros(len(edges) - 1, np.float32)
     for first, last in _blocks(edges):
-        starts, at = edges[first:last], slice(edges[first], edges[last])
+        at = slice(edges[first], edges[last])
+        starts, values = edges[first:last] - at.start, codes.values[at]
+        falling = values[1:] < values[:-1]
+        falling[starts[1:] - 1] = False
+        check.items(falling, "top_logp", codes, "entries from most to least probable", at.start + 1)
         if (twice := repeated(ids.values[at], np.diff(edges[first : last + 1]))) is not None:
             check.items(twice, "top", ids, "different ids in one head", at.start)
-        np.add.reduceat(np.exp(logp.values[at]), starts - at.start, out=mass[first:last])
+        np.add.reduceat(np.exp(logp.values[at]), starts, out=mass[first:last])
     return mass
 
 
@@ -261,11 +267,14 @@ def repeated(ids: np.ndarray, counts: np.ndarray) -> np.ndarray | None:
         ids: [K] int32 in [0, 2^24), head after head. counts: [N], each at least 1.
     """
     # With its position's last byte above an id's three, no two neighbouring positions share a value: sorting
-    # overlapping windows, each head whole in one of them, brings a repeated id together, many times faster
-    # than one sort. Equal values of positions 256 apart are a false alarm, which the full sort settles.
-    key = np.repeat(np.arange(len(counts), dtype=np.uint32) << 24, counts) | ids.view(np.uint32)
+    # windows, each head whole in one of them, brings a repeated id together, many times faster than one sort.
+    # Wide windows side by side, then narrow ones over the seams between them. Equal values of positions 256
+    # apart are a false alarm, which the full sort settles.
+    key = np.repeat(np.arange(len(counts), dtype=np.uint32) << 24, counts)
+    key |= ids.view(np.uint32)
     widest = 1 << int(counts.max() - 1).bit_length()
-    if not any(_repeats(key[skip:], 2 * widest) for skip in (0, widest)):
+    wide = max(WINDOW, 2 * widest)
+    if not (_repeats(key, wide, wide) or _repeats(key[wide - widest :], wide, 2 * widest)):
         return None
     exact = np.repeat(np.arange(len(counts)) * ID_LIMIT, counts) + ids
     order = np.sort(exact)
@@ -273,13 +282,13 @@ def repeated(ids: np.ndarray, counts: np.ndarray) -> np.ndarray | None:
     return np.isin(exact, twice) if len(twice) else None
 
 
-def _repeats(key: np.ndarray, width: int) -> bool:
-    """A value may occur twice in one of the windows of `width` that follow one another."""
-    key = key.copy()
-    whole = len(key) // width * width
-    key[:whole].reshape(-1, width).sort(axis=1)
-    key[whole:].sort()
-    return bool((key[1:] == key[:-1]).any())
+def _repeats(key: np.ndarray, apart: int, width: int) -> bool:
+    """A value occurs twice in one of the windows of `width` that start at every multiple of `apart`."""
+    whole = len(key) // apart
+    windows = key[: whole * apart].reshape(whole, apart)[:, :width].copy()
+    windows.sort(axis=1)
+    last = np.sort(key[whole * apart :][:width])
+    return bool((windows[:, 1:] == windows[:, :-1]).any() or (last[1:] == last[:-1]).any())
 
 
 def check_cross(c: Columns, check: Checker, maskable: np.ndarray) -> None:

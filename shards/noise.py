@@ -10,6 +10,7 @@ import hashlib
 import struct
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,8 +25,26 @@ Unit = Literal["token", "chunk"]
 EPSILON = 1e-3
 """Smallest timestep (paper: t in [eps, 1))."""
 
-_thread = threading.local()
-"""Holds each thread's generator: making one gathers entropy, at ten times the cost of starting it anew."""
+
+class _Generator(threading.local):
+    """Each thread's own: making one gathers entropy, at ten times the cost of starting it anew."""
+
+    def __init__(self) -> None:
+        zeros = (0, 0, 0, 0)
+        self.philox = np.random.Philox(0)
+        self.start: dict[str, Any] = {"counter": zeros, "key": (0, 0)}
+        self.state: Any = {
+            "bit_generator": "Philox",
+            "state": self.start,
+            "buffer": zeros,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+
+
+_generator = _Generator()
+_KEY = struct.Struct("<2Q")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,24 +99,19 @@ def uniform01(seed: int, sample_id: str, stream: str, n: int) -> np.ndarray:
     Raw Philox words rather than a Generator's method, which numpy may change, or torch's, which differ by
     device.
     """
-    return (_words(seed, sample_id, stream, n) >> np.uint64(11)) * 2.0**-53
+    return _uniform(_words(seed, sample_id, stream, n))
+
+
+def _uniform(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)) * 2.0**-53
 
 
 def _words(seed: int, sample_id: str, stream: str, n: int) -> np.ndarray:
     """The raw words [n] uint64 of `uniform01`."""
     key = hashlib.blake2b(f"{seed}|{stream}|{sample_id}".encode(), digest_size=16).digest()
-    if not hasattr(_thread, "philox"):
-        _thread.philox = np.random.Philox(0)
-    zeros = (0, 0, 0, 0)
-    _thread.philox.state = {
-        "bit_generator": "Philox",
-        "state": {"counter": zeros, "key": struct.unpack("<2Q", key)},
-        "buffer": zeros,
-        "buffer_pos": 4,
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-    words: np.ndarray = _thread.philox.random_raw(n)
+    _generator.start["key"] = _KEY.unpack(key)
+    _generator.philox.state = _generator.state
+    words: np.ndarray = _generator.philox.random_raw(n)
     return words
 
 
@@ -243,28 +257,26 @@ def check_plans(config: NoiseConfig, rows: RowBatch) -> None:
         for row in rows:
             check_plan(config, row)
         return
-    samples, views = rows.scalars["sample_id"], rows.scalars["view"]
-    maskable, masked = rows.lists["maskable"], rows.lists["masked"]
-    names = list(zip(samples.tolist(), views.tolist(), masked.lengths.tolist()))
-
-    def draw(stream: str) -> np.ndarray:
-        found = [_words(config.seed, sample, f"{stream}|{view}", n) for sample, view, n in names]
-        return np.concatenate([np.zeros(0, np.uint64), *found])
-
+    seed, views = config.seed, rows.scalars["view"]
+    maskable, masked, at = rows.lists["maskable"], rows.lists["masked"], rows.lists.get("positions")
+    names = list(zip(rows.scalars["sample_id"].tolist(), views.tolist()))
     stratified = config.timesteps == "stratified"
-    u = [uniform01(config.seed, s, "t" if stratified else f"t|{v}", 1)[0] for s, v, _ in names]
-    t = timestep(np.array(u), views, config)
-    limit = _below(np.float32(1) - (np.float32(1) - t))
-    plan = maskable.values & (draw("mask") < np.repeat(limit, masked.lengths))
+    first = [_words(seed, s, "t" if stratified else f"t|{v}", 1) for s, v in names]
+    t = timestep(_uniform(np.concatenate([np.zeros(0, np.uint64), *first])), views, config)
+    limits = _below(np.float32(1) - (np.float32(1) - t)).tolist()
+    plan, in_a = np.empty(len(masked.values), np.bool_), np.zeros(len(masked.values), np.bool_)
+    with_halves, half = at is not None and config.compdemo, _below(config.demo_ratio)
+    cuts = pairwise(masked.offsets.tolist())
+    for (sample, view), limit, (start, end) in zip(names, limits, cuts):  # a row's words stay in the cache
+        np.less(_words(seed, sample, f"mask|{view}", end - start), limit, out=plan[start:end])
+        if with_halves:
+            np.less(_words(seed, sample, f"demo|{view}", end - start), half, out=in_a[start:end])
+    plan &= maskable.values
     wrong = t != rows.scalars["t"]
     wrong[masked.row[plan != masked.values]] = True
-    if (at := rows.lists.get("positions")) is not None:
-        half_a = rows.lists["half_a"].values
-        if config.compdemo:
-            place = at.values + np.repeat(masked.offsets[:-1], at.lengths)
-            in_a = plan[place] & (draw("demo")[place] < _below(config.demo_ratio))
-            wrong[at.row[in_a != half_a]] = True
-        else:
-            wrong[at.row[half_a]] = True
+    if at is not None:
+        place = at.values + np.repeat(masked.offsets[:-1], at.lengths)
+        in_a &= plan
+        wrong[at.row[in_a[place] != rows.lists["half_a"].values]] = True
     for i in np.flatnonzero(wrong).tolist():
         check_plan(config, rows[i])

@@ -27,9 +27,10 @@ from shards.columns import RowBatch
 from shards.encoding import decode
 from shards.errors import CorruptShard, RowError, ShardError
 from shards.files import Files
+from shards.guard import column_bytes
 from shards.location import first_line
 from shards.manifest import BatchRecord, Manifest, ShardRecord
-from shards.noise import check_plan, check_plans
+from shards.noise import NoiseConfig, check_plan, check_plans
 from shards.order import Window, windows
 from shards.row import Row
 from shards.schema import schema
@@ -39,9 +40,9 @@ WINDOW = 8
 """Record batches whose rows are shuffled together: at most 2,048 rows are held."""
 READERS = 8
 """Requests under way at once, for a remote dataset."""
-PASSED: set[tuple[str, Codec]] = set()
-"""Record batches, by their sha256, whose rows this process has checked thoroughly: the same bytes pass again,
-and the structural checks are enough."""
+PASSED: set[tuple[str, Codec | NoiseConfig]] = set()
+"""What this process has found of record batches, by their sha256: rows of this codec, thoroughly checked;
+plans of this noise. The same bytes pass again, and the structural checks are enough."""
 REMEDY = "delete it and run the same tide precompute again, or fetch it again"
 
 
@@ -116,6 +117,12 @@ class LogitDataset:
             ShardError: the file cannot be read.
         """
         return self._read((shard, batch), cached=True)
+
+    def column_bytes(self, shard: int, batch: int) -> dict[str, int]:
+        """Bytes of each column of one record batch as it is stored, compressed. Raises: see `read`."""
+        data = self._fetch((shard, batch))
+        self.manifest.guard.check(data, self._where((shard, batch)))
+        return column_bytes(data, self._schema)
 
     def table(self) -> bytes | None:
         """The file that targets of this codec need beside their rows (safetensors); None = there is none.
@@ -253,14 +260,15 @@ class LogitDataset:
             anew: make every check, also those that these bytes passed before.
         """
         wanted = self._record(at)
-        passed = (wanted.sha256, self.manifest.codec)
-        rows = self._decode(data, self._where(at), thorough=anew or passed not in PASSED)
+        codec, noise = (wanted.sha256, self.manifest.codec), (wanted.sha256, self.manifest.noise)
+        rows = self._decode(data, self._where(at), thorough=anew or codec not in PASSED)
         same = (rows.scalars["view"] == wanted.view) & (rows.scalars["split"] == wanted.split)
         if len(rows) != wanted.rows or not same.all():
             raise self._other_rows(at)
-        if plans and self._verify_plan:
+        PASSED.add(codec)
+        if plans and self._verify_plan and (anew or noise not in PASSED):
             check_plans(self.manifest.noise, rows)
-        PASSED.add(passed)
+            PASSED.add(noise)
         return rows
 
     def _where(self, at: tuple[int, int]) -> str:

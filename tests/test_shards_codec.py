@@ -110,7 +110,7 @@ def test_impossible_codecs_are_refused(bad: dict) -> None:
         SparseCodec(**bad)
 
 
-@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 5], [0, 0, 2], [4, 1, 0]])
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 5], [0, 0, 2], [4, 1, 0], [20_000, 9_000, 5]])
 def test_differences_start_anew_in_every_list(lengths: list[int]) -> None:
     """Mod 256, falling and rising; a list is readable without the one before it."""
     codes = np.random.default_rng(1).integers(0, 256, sum(lengths)).astype(np.uint8)

@@ -16,8 +16,9 @@ from shards.encoding import decode, encode
 from shards.invariants import MASS_SLACK, repeated
 from shards.manifest import Manifest, shard_hash
 from shards.noise import NoiseConfig, uniform01
+from shards.realistic import realistic_rows
 from shards.schema import FORMAT_VERSION, Kind, schema
-from shards.synthetic import realistic_rows, synthetic_rows
+from shards.synthetic import synthetic_rows
 
 PAGE = (Path(guard.__file__).parent / "FORMAT.md").read_text()
 GOLDEN = Path(__file__).parent / "golden_shards"

@@ -7,16 +7,20 @@ the u8 codes that we keep. All run on one thread.
 The record, beside what every benchmark has (`tools.bench.report`):
 
     sides.NAME      bytes_per_position (masked ones); write_, read_ and read_cpu_rows_per_s: rows to bytes,
-                    and bytes to flat numpy arrays. `ours` makes the structural checks of a later pass over
-                    the data, `ours_thorough` all of those of the first
+                    and bytes to flat numpy arrays, record batch after record batch (mds: row after row), none
+                    kept. `ours` makes the structural checks of a later pass over the data, `ours_thorough`
+                    all of those of the first; no other side checks anything. `arrow_zstd` gives u32 and f16
+                    as they are stored, ours int32, float32 and masks
     bytes           bytes_per_position of ours: full (two tails, float32 gold), one_tail, and
                     one_tail_gold_null, without gold log-probs
-    shuffled        rows_per_s and cpu_rows_per_s of `LogitDataset.stream`: the first pass over the data, a
-                    later one, and with every noise plan computed again (`planned`); mds reads in order
+    shuffled        rows_per_s and cpu_rows_per_s of `LogitDataset.stream`, every byte hashed: the `first`
+                    pass, with all checks and every noise plan computed, a `later` one, and one with the plans
+                    computed again (`planned`); `mds_first`: in order, its shards decompressed
     resume          seconds from opening a dataset to its first rows, at 1 % and at 99 % of an epoch
     hash            bytes per second of `tide verify` on every byte, and of sha256 alone, as many threads
     ratio_read      ours over arrow_zstd, rows per CPU second (the target is 0.9); ratio_read_thorough
-    ratio_shuffled  ours (later) over mds in order; ratio_shuffled_planned. Left out without mosaicml
+    ratio_shuffled  ours (later) over mds in order, which checks nothing; ratio_shuffled_planned;
+                    ratio_shuffled_first: both sides' first pass. Left out without mosaicml
     ratio_resume    99 % over 1 %. ratio_hash: ours over sha256. Both of wall time; ratio_hash_cpu
     equal           what each side gave back is what was put in
 """
@@ -26,9 +30,11 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,33 +93,30 @@ def measure(
     """The record for `n` rows."""
     from shards.codec import SparseCodec, codec_to_json
     from shards.noise import NoiseConfig
-    from shards.synthetic import realistic_config, realistic_rows
+    from shards.realistic import realistic_config, realistic_rows
     from tools import bench
     from tools.shard_stores import make_stores
 
     codec = SparseCodec(step=STEP)
     progress(0, None, "making rows")
     sizes = [min(BATCH, n - first) for first in range(0, n, BATCH)]
-    batches = [realistic_rows(seed, size, codec) for seed, size in enumerate(sizes, 1)]
-    planned = NoiseConfig(views=1)
+    noise = NoiseConfig(views=1)
+    made = [realistic_rows(seed, size, codec, noise=noise) for seed, size in enumerate(sizes, 1)]
+    batches = [[r for r in rows if r.masked.any()] for rows in made]  # mds cannot store empty arrays
+    n = sum(map(len, batches))
     with tempfile.TemporaryDirectory(prefix="tide-bench-") as name:
         folder = Path(name)
         stores = make_stores(folder, batches, codec)
-        write = {s: timed_once(store.write) for s, store in stores.items()}
-        reads = {s: store.read for s, store in stores.items()}
+        write = {s: timed_once(store.write)[1] for s, store in stores.items()}
+        reads = {s: partial(drain, store.read) for s, store in stores.items()}
         ours = stores["ours"]
-        reads["ours_thorough"] = lambda: ours.read(thorough=True)  # type: ignore[call-arg]
-        dataset = make_dataset(folder / "data", realistic_config(codec), batches)
-        plan_rows = [
-            r for k, size in enumerate(sizes[:8]) for r in realistic_rows(k, size, codec, noise=planned)
-        ]
-        plans = make_dataset(folder / "plans", realistic_config(codec, planned), [plan_rows])
-        wall, cpu = both(reads, repeats, progress)
-        began = time.perf_counter()
-        first_cpu = timed_once(lambda: shuffled(dataset, n))
-        first = time.perf_counter() - began, first_cpu
-        later = both({"later": lambda: shuffled(dataset, n)}, repeats, progress)
-        with_plans = both({"planned": lambda: shuffled(plans, len(plan_rows))}, repeats, progress)
+        reads["ours_thorough"] = partial(drain, lambda: ours.read(thorough=True))  # type: ignore[call-arg]
+        dataset = make_dataset(folder / "data", realistic_config(codec, noise), batches)
+        once = {"first": timed_once(lambda: shuffled(dataset, n))}
+        if "mds" in reads:
+            once["mds_first"] = timed_once(reads["mds"])
+        streams = {"later": lambda: shuffled(dataset, n), "planned": lambda: shuffled(dataset, n, plans=True)}
+        wall, cpu = both({**reads, **streams}, repeats, progress)
         resume = both(
             {f"{share} %": lambda s=share: resumed(dataset, n * s // 100) for share in (1, 99)},  # type: ignore[misc]
             repeats,
@@ -135,11 +138,7 @@ def measure(
             "read_cpu_rows_per_s": n / cpu[s].median,
             **wall[s].to_json(),
         }
-    streams = {
-        "first": {"rows_per_s": n / first[0], "cpu_rows_per_s": n / first[1]},
-        "later": rates(later, "later", n),
-        "planned": rates(with_plans, "planned", len(plan_rows)),
-    }
+    passes = once | {s: (wall[s].median, cpu[s].median) for s in streams}
     ratios = {
         "ratio_read": bench.ratio(cpu, "arrow_zstd", "ours"),
         "ratio_read_thorough": bench.ratio(cpu, "arrow_zstd", "ours_thorough"),
@@ -148,16 +147,16 @@ def measure(
         "ratio_hash_cpu": bench.ratio(hashing[1], "sha256", "ours"),
     }
     if "mds" in sides:
-        in_order = sides["mds"]["read_cpu_rows_per_s"]
-        ratios["ratio_shuffled"] = streams["later"]["cpu_rows_per_s"] / in_order
-        ratios["ratio_shuffled_planned"] = streams["planned"]["cpu_rows_per_s"] / in_order
+        ratios["ratio_shuffled"] = bench.ratio(cpu, "mds", "later")
+        ratios["ratio_shuffled_planned"] = bench.ratio(cpu, "mds", "planned")
+        ratios["ratio_shuffled_first"] = once["mds_first"][1] / once["first"][1]
     return bench.report(
         "shards",
         sizes={"rows": n, "positions": positions, "bytes": total, "codec": codec_to_json(codec)},
         sides=sides,
         ratios=ratios,
         bytes=variants,
-        shuffled=streams,
+        shuffled={s: {"rows_per_s": n / w, "cpu_rows_per_s": n / c} for s, (w, c) in passes.items()},
         resume={k: t.to_json() for k, t in resume[0].items()},
         hash={k: {"bytes_per_s": total / t.median, **t.to_json()} for k, t in hashing[0].items()},
         mosaicml="mds" in sides or "not installed",
@@ -185,15 +184,15 @@ def both(
     return wall, {n: bench.Timing(tuple(s[-repeats:])) for n, s in cpu.items()}
 
 
-def rates(timings: tuple[Mapping[str, Timing], Mapping[str, Timing]], name: str, n: int) -> dict[str, float]:
-    wall, cpu = timings
-    return {"rows_per_s": n / wall[name].median, "cpu_rows_per_s": n / cpu[name].median}
-
-
-def timed_once(run: Callable[[], object]) -> float:
-    start = time.process_time()
+def timed_once(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and this process's own seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
     run()
-    return time.process_time() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def drain(read: Callable[[], Iterable[object]]) -> None:
+    deque(read(), maxlen=0)
 
 
 def make_dataset(folder: Path, config: dict[str, Any], batches: Rows) -> Path:
@@ -209,10 +208,13 @@ def make_dataset(folder: Path, config: dict[str, Any], batches: Rows) -> Path:
     return folder
 
 
-def shuffled(folder: Path, n: int) -> None:
-    """An epoch in training order."""
-    from shards.reader import LogitDataset
+def shuffled(folder: Path, n: int, *, plans: bool = False) -> None:
+    """An epoch in training order. `plans`: with the noise plans computed again that this process knows."""
+    from shards.noise import NoiseConfig
+    from shards.reader import PASSED, LogitDataset
 
+    if plans:
+        PASSED.difference_update([p for p in PASSED if isinstance(p[1], NoiseConfig)])
     for _ in islice(LogitDataset(folder).stream(0), n):
         pass
 
@@ -265,7 +267,7 @@ def variant_bytes(batches: Rows, codec: SparseCodec) -> dict[str, int]:
     import pyarrow as pa
 
     from shards.encoding import encode
-    from shards.synthetic import REALISTIC_VOCAB
+    from shards.realistic import REALISTIC_VOCAB
     from tools.shard_stores import target, write_ipc
 
     one = replace(codec, temperatures=codec.temperatures[:1])
@@ -309,7 +311,8 @@ def table(record: dict[str, Any]) -> Table:
     figures = ("bytes_per_position", "write_rows_per_s", "read_rows_per_s", "read_cpu_rows_per_s")
     lines = [(name, *(side[k] for k in figures)) for name, side in record["sides"].items()]
     for name, stream in record["shuffled"].items():
-        lines.append((f"ours, shuffled, {name}", None, None, stream["rows_per_s"], stream["cpu_rows_per_s"]))
+        label = "mds, first" if name == "mds_first" else f"ours, shuffled, {name}"
+        lines.append((label, None, None, stream["rows_per_s"], stream["cpu_rows_per_s"]))
     sizes = record["sizes"]
     return Table(
         title=f"{sizes['rows']} rows, {sizes['positions']} masked positions",

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from shards.codec import SparseCodec, dequantise_head, quantise_head, quantise_tail
+from shards.columns import RowBatch
 from shards.encoding import decode, encode
+from shards.realistic import REALISTIC_VOCAB
 from shards.row import Row, SparseTarget
-from shards.synthetic import REALISTIC_VOCAB
 
 Rows = Sequence[Sequence[Row]]
 """Record batches."""
@@ -33,7 +34,7 @@ class Store(Protocol):
     """One way to keep rows."""
 
     def write(self) -> object: ...
-    def read(self) -> object: ...
+    def read(self) -> Iterator[Any]: ...
     def bytes(self) -> int: ...
     def heads(self) -> Heads: ...
 
@@ -127,8 +128,8 @@ class ArrowStore:
         with open(self.path, "wb") as sink:
             write_ipc(made, sink, self.compression)
 
-    def read(self) -> list[dict[str, Any]]:
-        return [flat(batch) for batch in batches_of(self.path)]
+    def read(self) -> Iterator[dict[str, Any]]:
+        return map(flat, batches_of(self.path))
 
     def bytes(self) -> int:
         return self.path.stat().st_size
@@ -150,17 +151,15 @@ class OurStore:
         with open(self.path, "wb") as sink:
             write_ipc(made, sink, "zstd")
 
-    def read(self, *, thorough: bool = False) -> list[Any]:
-        return [
-            decode(batch, "shared", self.codec, vocab_size=REALISTIC_VOCAB, thorough=thorough)
-            for batch in batches_of(self.path)
-        ]
+    def read(self, *, thorough: bool = False) -> Iterator[RowBatch]:
+        for batch in batches_of(self.path):
+            yield decode(batch, "shared", self.codec, vocab_size=REALISTIC_VOCAB, thorough=thorough)
 
     def bytes(self) -> int:
         return self.path.stat().st_size
 
     def heads(self) -> Heads:
-        read = self.read()
+        read = list(self.read())
         return tuple(np.concatenate([b.lists[k].values for b in read]) for k in ("ids", "logp"))  # type: ignore[return-value]
 
 
@@ -180,11 +179,11 @@ class ParquetStore:
             for batch in made:
                 file.write_batch(batch)
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(self.path)
-        return [flat(file.read_row_group(i, use_threads=False)) for i in range(file.num_row_groups)]
+        return (flat(file.read_row_group(i, use_threads=False)) for i in range(file.num_row_groups))
 
     def bytes(self) -> int:
         return self.path.stat().st_size
@@ -226,19 +225,19 @@ class MdsStore:
                     file.write(sample)
         self._size = sum(f.stat().st_size for f in self.path.iterdir())
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> Iterator[dict[str, Any]]:
         if self._dataset is None:
             with mosaicml() as streaming:
                 streaming.base.util.clean_stale_shared_memory()
                 self._dataset = streaming.StreamingDataset(local=str(self.path), shuffle=False, batch_size=1)
         # By number: iterating the dataset runs threads that poll, at several times the processor time.
-        return [self._dataset[i] for i in range(len(self._dataset))]
+        return (self._dataset[i] for i in range(len(self._dataset)))
 
     def bytes(self) -> int:
         return self._size
 
     def heads(self) -> Heads:
-        read = self.read()
+        read = list(self.read())
         codes = np.concatenate([s["top_logp"] for s in read])
         return np.concatenate([s["top_ids"] for s in read]).astype(np.int32), dequantise_head(
             codes, self.codec.step
@@ -286,7 +285,8 @@ def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
             yield file.get_batch(i)
 
 
-def joined(read: Sequence[dict[str, Any]], logp: Callable[[np.ndarray], np.ndarray]) -> Heads:
+def joined(batches: Iterator[dict[str, Any]], logp: Callable[[np.ndarray], np.ndarray]) -> Heads:
+    read = list(batches)
     ids = np.concatenate([b["top_ids"][1] for b in read]).astype(np.int32)
     return ids, np.concatenate([logp(b["top_logp"][1]) for b in read])
 
