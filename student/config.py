@@ -12,6 +12,9 @@ from shards.errors import UsageError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
+CONFIG_FILE, METRICS, SAMPLES = "train_config.json", "metrics.jsonl", "samples.jsonl"
+"""In a run's folder: what the run is, a JSON line for each record, a JSON line for each text written."""
+
 CHANGEABLE = frozenset(
     {
         "row_tokens",
@@ -24,6 +27,9 @@ CHANGEABLE = frozenset(
         "eval_every",
         "eval_samples",
         "keep_best",
+        "sample_every",
+        "samples",
+        "sample_tokens",
         "report_to",
         "trainer_args",
     }
@@ -119,6 +125,12 @@ class TrainConfig:
     """Most held-out samples an evaluation looks at."""
     keep_best: bool = False
     """Keep the student of the best evaluation in the run's folder `best`."""
+    sample_every: int | None = None
+    """Steps between texts written for held-out prompts (`student.samples`); None = never."""
+    samples: int = 3
+    """Held-out prompts that texts are written for."""
+    sample_tokens: int = 64
+    """Tokens of such a text, at most."""
     report_to: tuple[str, ...] = ()
     """Where metrics also go: names of `REPORTERS`."""
     trainer_args: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +140,7 @@ class TrainConfig:
         for name in (
             *("steps", "batch_tokens", "row_tokens", "accumulation"),
             *("log_every", "save_every", "keep", "eval_every", "eval_samples"),
+            *("sample_every", "samples", "sample_tokens"),
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")

@@ -51,14 +51,19 @@ def load_sampler(
         )
     number = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     model, tokenizer = load_student(path, dtype=number, attention="sdpa")
+    return make_sampler(model.to(where).eval(), tokenizer), tokenizer
+
+
+def make_sampler(model: Any, tokenizer: Any, *, static: bool | None = None) -> BlockSampler:
+    """A sampler over a student in evaluation mode with SDPA attention; `static`: see `BlockSampler`."""
     ends = {tokenizer.eos_token_id, *_list(getattr(model.generation_config, "eos_token_id", None))}
-    sampler = BlockSampler(
-        model.to(where).eval(),
+    return BlockSampler(
+        model,
         mask_token_id=tokenizer.mask_token_id,
         eos_token_ids=sorted(ends),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        static=static,
     )
-    return sampler, tokenizer
 
 
 def block_size_of(sampler: BlockSampler) -> int:

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 
 from shards.errors import TideError
 from shards.row import Row
 from student.adapters import plain, save_merged
 from student.batch import collate
+from student.callbacks import EachStep
 from student.checkpoint import RunState, prune, save_state
-from student.config import TrainConfig, training_arguments
+from student.config import METRICS, TrainConfig, training_arguments
+from student.evaluate import EvalResult
 from student.forward import mask_argument
 from student.fresh import FreshNoise
 from student.fused import FusedLoss
@@ -43,9 +46,10 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is going on)."""
 
-METRICS = "metrics.jsonl"
 ADAPTER, BEST = "adapter", "best"
 """Folders inside a run's: the trained adapter, the student of the best evaluation."""
+NO_TERMS = ("grad_norm", "learning_rate", "tokens", "views", "tokens_per_s", "data_wait")
+"""Entries of a record that are no part of the objective."""
 FLEX_TILE = 128
 """FlexAttention's masks come in tiles of this many tokens; whole tiles mean fewer shapes to compile."""
 
@@ -72,7 +76,7 @@ class TideTrainer(Trainer):
         temperatures: tuple[float, ...] = (),
         table: Basis | TeacherHead | None = None,
         student_path: str | Path = "",
-        held_out: Callable[[Any], float] | None = None,
+        held_out: Callable[[Any, Callable[[int], None]], EvalResult] | None = None,
         check: Callable[[Row], None] | None = None,
         run: dict[str, Any] | None = None,
         start: RunState | None = None,
@@ -84,7 +88,8 @@ class TideTrainer(Trainer):
             source: endless row stream, opened at a state.
             table: what the dataset's targets need besides their rows (`student.tables`).
             student_path: what `model` was loaded from; an adapter is merged into it.
-            held_out: bits per byte of a network on held-out samples; needed by `eval_every`.
+            held_out: likelihood of held-out samples under a network, called with the network and a report of
+                samples done; needed by `eval_every`.
             check: see `student.loader.BatchStream`.
             run: what the run is, kept in every checkpoint (`student.checkpoint.run_identity`).
             start: the checkpoint state to go on from; `train` then needs the same checkpoint's folder.
@@ -104,7 +109,7 @@ class TideTrainer(Trainer):
             # A layer that runs twice gains nothing from bfloat16 copies of all weights kept through the step.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_EachStep(self))
+        self.add_callback(EachStep(self))
         self.objective, self.config, self.out = objective, config, out
         self.loss_head = FusedLoss(objective)
         self.table = table
@@ -120,6 +125,7 @@ class TideTrainer(Trainer):
         self.saved: Path | None = out / f"checkpoint-{start.step}" if start else None
         self.first_step = start.step if start else 0
         self.tokens = 0
+        self.waited = 0.0
         self.clock = self.began = time.perf_counter()
         flex = model.config._attn_implementation == "flex_attention"
         self.batches = BatchStream(
@@ -161,7 +167,9 @@ class TideTrainer(Trainer):
         if self.first_step and self.state.global_step == self.first_step:
             # Dropout goes on where it was; the library restores generators only where it skips data itself.
             self._load_rng_state(str(self.saved))
+        asked = time.perf_counter()
         parts = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
+        self.waited += time.perf_counter() - asked
         if len(parts) < num_batches:
             raise ValueError("the row stream ended; it must be endless")
         counts = parts[0].counts
@@ -263,39 +271,56 @@ class TideTrainer(Trainer):
             record["lambda"] = self.objective.schedule.train((step - 1) / self.config.steps)
         record |= {k: v for k, v in logs.items() if k in ("grad_norm", "learning_rate")}
         record |= counted
-        record["tokens_per_s"] = counted["tokens"] / max(now - self.clock, 1e-9)
-        self.window, self.clock, self.last = Counter(), now, record
+        seconds = max(now - self.clock, 1e-9)
+        record["tokens_per_s"] = counted["tokens"] / seconds
+        record["data_wait"] = min(1.0, self.waited / seconds)  # share of the time, on this rank
+        self.window, self.clock, self.waited, self.last = Counter(), now, 0.0, record
         super().log(dict(record), start_time)
         self._write({"step": step, **record})
         if self.is_world_process_zero():
             logger.info(self._line(step, record))
 
-    def _write(self, record: dict[str, float]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         if self.is_world_process_zero():
             with (self.out / METRICS).open("a") as f:
                 f.write(json.dumps(record) + "\n")
 
+    def tell(self, what: str) -> None:
+        """Say what is going on, to whoever shows progress."""
+        if self.progress is not None:
+            self.progress(self.state.global_step, self.config.steps, what)
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Time spent inside counts in no rate."""
+        before = time.perf_counter()
+        yield
+        spent = time.perf_counter() - before
+        self.clock, self.began = self.clock + spent, self.began + spent
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out bits per byte now, on every rank; written before the step's checkpoint, so that a resumed
         run writes the same lines. The student is kept if it is the best so far and that is wanted."""
+        with self.off_the_clock():
+            return self._judge()
+
+    def _judge(self) -> dict[str, float]:
         assert self.held_out is not None  # the trainer asks for no evaluation without one
-        began = time.perf_counter()
         network = plain(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
-            value = self.held_out(network)
-        step = self.state.global_step
+            found = self.held_out(network, lambda done: self.tell(f"evaluating, {done} samples"))
+        step, value = self.state.global_step, found.bits_per_byte
         if not self.best or value < self.best["bits_per_byte"]:
             self.best = {"step": step, "bits_per_byte": value}
             if self.config.keep_best:
                 self._keep_best()
         super().log({"eval_bits_per_byte": value})  # to `report_to`
-        self._write({"step": step, "heldout_bits_per_byte": value})
+        by_t = {f"{t:g}": bits for t, bits in found.by_t.items()}
+        self._write({"step": step, "heldout_bits_per_byte": value, "by_t": by_t})
         logger.info(
             "step %d/%d  held-out %.4f bits per byte  best %.4f at step %d",
             *(step, self.config.steps, value, self.best["bits_per_byte"], int(self.best["step"])),
         )
-        spent = time.perf_counter() - began
-        self.clock, self.began = self.clock + spent, self.began + spent
         metrics = {"eval_bits_per_byte": value}
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -322,9 +347,7 @@ class TideTrainer(Trainer):
     def _line(self, step: int, record: dict[str, float]) -> str:
         done = max(1, step - self.first_step)
         left = (time.perf_counter() - self.began) / done * (self.config.steps - step)
-        names = [
-            n for n in record if n not in ("grad_norm", "learning_rate", "tokens", "views", "tokens_per_s")
-        ]
+        names = [n for n in record if n not in NO_TERMS]
         terms = "  ".join(f"{n} {record[n]:.4g}" for n in names if n != "empty_batches" or record[n])
         return (
             f"step {step}/{self.config.steps}  {terms}  lr {record.get('learning_rate', 0.0):.2e}  "
@@ -349,33 +372,3 @@ class TideTrainer(Trainer):
             )
             prune(self.out, self.config.keep)
             self.saved = folder
-
-
-class _EachStep(TrainerCallback):
-    """Progress, the last line, and stopping when asked to."""
-
-    def __init__(self, trainer: TideTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.clock = self.trainer.began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        last, every = state.global_step >= trainer.config.steps, trainer.config.eval_every
-        if last:
-            control.should_log = True
-        if every is not None and (last or state.global_step % every == 0):
-            control.should_evaluate = True
-        if self._stop_asked():
-            control.should_save = control.should_training_stop = True
-        if trainer.progress is not None:
-            shown = f"loss {trainer.last['loss']:.4g}" if trainer.last else "training"
-            trainer.progress(state.global_step, trainer.config.steps, shown)
-
-    def _stop_asked(self) -> bool:
-        """Ranks must agree, or those that go on would wait for the others for ever."""
-        asked, accelerator = self.trainer.should_stop(), self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return asked
-        return bool(accelerator.reduce(torch.tensor(int(asked), device=accelerator.device)).item())

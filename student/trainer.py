@@ -1,9 +1,10 @@
 """Train a student on a logit dataset: what `tide train` does, from checks to the finished model folder.
 
 The run's folder holds the student (`config.json`, `model.safetensors`, tokenizer), `train_config.json`,
-`metrics.jsonl` and `checkpoint-N/`; `best/` where the best evaluation is kept, and `adapter/` where LoRA was
-trained: the student beside it has it merged in. An interrupted run resumes at its newest complete checkpoint
-and ends, on the same machine, with the weights and records it would have had without the interruption.
+`metrics.jsonl` and `checkpoint-N/`; `samples.jsonl` where texts are written, `best/` where the best
+evaluation is kept, and `adapter/` where LoRA was trained: the student beside it has it merged in. An
+interrupted run resumes at its newest complete checkpoint and ends, on the same machine, with the weights and
+records it would have had without the interruption.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,13 +28,15 @@ from shards.errors import ConfigMismatch, TideError, UsageError
 from shards.reader import LogitDataset
 from student.adapters import load_for_training, save_merged
 from student.checkpoint import RunState, check_same_run, checkpoints, load_state, run_identity
-from student.config import TrainConfig, check_libraries
+from student.config import CONFIG_FILE, METRICS, SAMPLES, TrainConfig, check_libraries
+from student.evaluate import EvalResult
 from student.fresh import share_for
 from student.heldout import HeldOut
-from student.loader import DatasetRows, global_batches
-from student.loop import ADAPTER, METRICS, Progress, TideTrainer
+from student.loader import DatasetRows, RowSource, global_batches
+from student.loop import ADAPTER, Progress, TideTrainer
 from student.model import load_student, without_progress_bar
 from student.objective import Objective, check_dataset
+from student.samples import WriteSamples, held_out_prompts
 from student.tables import dataset_table
 from student.tokenizer import tokenizer_hash
 
@@ -40,7 +44,8 @@ __all__ = ["TideTrainer", "TrainConfig", "TrainSummary", "check_student", "train
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "train_config.json"
+Judge = Callable[[Any, Callable[[int], None]], EvalResult]
+"""Likelihood of held-out samples under a network; told how many are done."""
 SAMPLED = 4096
 """Rows that the number of batches in an epoch is judged from."""
 
@@ -75,6 +80,8 @@ def train(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    through: Callable[[RowSource], RowSource] | None = None,
+    held_out: Judge | None = None,
 ) -> TrainSummary:
     """Train the student of `student_path` on a dataset and write it to `out`.
 
@@ -83,7 +90,9 @@ def train(
 
     Args:
         resume: go on from the newest complete checkpoint in `out`; without one, start.
-        progress: called after every step with (steps done, steps in all, what is going on).
+        progress: called with (steps done, steps in all, what is going on).
+        through: changes the rows on their way from the dataset to the batches.
+        held_out: what `eval_every` asks; None = the dataset's held-out samples.
 
     Raises:
         ConfigMismatch: dataset, student and checkpoint do not belong together.
@@ -100,6 +109,8 @@ def train(
         raise UsageError(
             f"{out} holds a run at step {found[-1][0]}: pass --resume to go on, or another --out"
         )
+    tell = progress or (lambda done, steps, what: None)
+    tell(0, config.steps, "opening the dataset")
     dataset = LogitDataset(dataset_path)
     temperatures = _temperatures(dataset)
     check_dataset(objective, dataset.manifest.kind, temperatures)
@@ -108,9 +119,8 @@ def train(
         dataset, dataset.manifest.noise.views, config.batch_tokens
     )
     config = replace(config, fresh_noise=share_for(objective, fresh, repeated=repeated))
-    held_out = None
-    if config.eval_every is not None:
-        check_evaluations(config)
+    check_evaluations(config)
+    if config.eval_every is not None and held_out is None:
         held_out = HeldOut(dataset, config.eval_samples)
     name = f"{dataset.manifest.identity[:12]} of {dataset.count('train')} training samples"
     run = run_identity(name, objective, config)
@@ -119,19 +129,27 @@ def train(
         start = load_state(folder)
         check_same_run(start.run, run, out)
     block_size = dataset.manifest.block_size
+    tell(start.step if start else 0, config.steps, "loading the student")
     model, tokenizer = load_for_training(student_path, config.adapter, config.seed)
     check_student(dataset.manifest, model, tokenizer, student_path)
     if start is not None and folder is not None and start.step >= config.steps:
         return _finish_again(out, folder, config, student_path, block_size)
     model.config.block_size = block_size
+    prompts = []
+    if config.sample_every is not None:
+        room = model.config.max_position_embeddings
+        prompts = held_out_prompts(
+            dataset, tokenizer, count=config.samples, tokens=config.sample_tokens, positions=room
+        )
 
+    rows = DatasetRows(dataset, config.seed)
     with StopOnSignal() as stop:
         trainer = TideTrainer(
             model,
             tokenizer,
             objective,
             config,
-            DatasetRows(dataset, config.seed),
+            rows if through is None else through(rows),
             out,
             block_size=block_size,
             mask_token_id=dataset.manifest.student.mask_token_id,
@@ -146,6 +164,8 @@ def train(
             progress=progress,
             should_stop=lambda: stop.asked,
         )
+        if prompts:
+            trainer.add_callback(WriteSamples(trainer, prompts))
         if trainer.is_world_process_zero():
             _prepare_folder(out, run, config, start)
         began = time.perf_counter()
@@ -155,6 +175,7 @@ def train(
             raise TideError(f"stopped at once; {_how_to_go_on(out)}") from None
         step = trainer.state.global_step
         if step >= config.steps:
+            trainer.tell("saving the student")
             trainer.save_student(out)
         else:
             logger.warning("stopped at step %d of %d; %s", step, config.steps, _how_to_go_on(out))
@@ -254,11 +275,14 @@ class StopOnSignal:
 def check_evaluations(config: TrainConfig) -> None:
     """
     Raises:
-        UsageError: weights are sharded over GPUs, and an evaluation runs the network whole.
+        UsageError: weights are sharded over GPUs, and evaluations and samples run the network whole.
     """
-    for name in ("fsdp", "deepspeed"):
-        if config.trainer_args.get(name):
-            raise UsageError(f"eval_every does not go with {name}: leave it out and run tide eval afterwards")
+    for wanted, instead in (("eval_every", "tide eval"), ("sample_every", "tide generate")):
+        for name in ("fsdp", "deepspeed"):
+            if getattr(config, wanted) is not None and config.trainer_args.get(name):
+                raise UsageError(
+                    f"{wanted} does not go with {name}: leave it out and run {instead} afterwards"
+                )
 
 
 def _finish_again(
@@ -296,18 +320,20 @@ def _temperatures(dataset: LogitDataset) -> tuple[float, ...] | None:
 
 
 def _prepare_folder(out: Path, run: dict[str, Any], config: TrainConfig, start: RunState | None) -> None:
-    """Write the settings; cut metrics.jsonl back to the step that training goes on from."""
+    """Write the settings; cut the run's records back to the step that training goes on from."""
     out.mkdir(parents=True, exist_ok=True)
     settings = {**run, "config": asdict(replace(config, trainer_args=dict(config.trainer_args)))}
     (out / CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-    metrics = out / METRICS
-    lines = metrics.read_text().splitlines() if metrics.is_file() and start is not None else []
-    kept = [line for line in lines if start is not None and _step_of(line) <= start.step]
-    metrics.write_text("".join(f"{line}\n" for line in kept))
+    for file in (out / METRICS, out / SAMPLES):
+        if not file.is_file():
+            continue
+        lines = file.read_text(encoding="utf-8").split("\n")  # a sample may hold other ends of lines
+        kept = [line for line in lines if start is not None and _step_of(line) <= start.step]
+        file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:
-    """Step of a metrics line; a line that a kill cut short belongs to no step that is kept."""
+    """Step of a record's line; a line that a kill cut short belongs to no step that is kept."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

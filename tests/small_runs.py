@@ -17,8 +17,7 @@ from shards.row import Row
 from shards.schema import Kind
 from shards.synthetic import synthetic_config, synthetic_rows
 from shards.writer import DatasetWriter
-from student.config import TrainConfig
-from student.loop import METRICS
+from student.config import METRICS, TrainConfig
 from student.model import A2DQwen3Config, A2DQwen3LMHeadModel
 from student.objective import parse_objective
 from student.tokenizer import tokenizer_hash
@@ -27,7 +26,7 @@ BLOCK, VOCAB, SHARED, MASK = 8, 304, 300, 303  # as in shards.synthetic
 NOISE, CODEC = NoiseConfig(views=2), SparseCodec(cap=12)
 CONFIG = TrainConfig(steps=6, batch_tokens=200, row_tokens=64, learning_rate=3e-3, log_every=2, save_every=3)
 TIDAL = parse_objective("tidal+reverse-calm:0.5")
-TIMES = ("tokens_per_s",)
+TIMES = ("tokens_per_s", "data_wait")
 
 
 def synthetic(kind: Kind, n: int, noise: NoiseConfig = NOISE) -> list[Row]:
@@ -66,6 +65,7 @@ def write_dataset(
     kind: Kind = "shared",
     *,
     samples: int = 32,
+    parts: int = 1,
     noise: NoiseConfig = NOISE,
     **student: Any,
 ) -> Path:
@@ -73,8 +73,12 @@ def write_dataset(
     noise = replace(noise, unit="chunk" if kind == "cross" else "token")
     config = synthetic_config(noise, CODEC, shared_vocab_size=SHARED if kind == "shared" else None)
     config["student"] |= {"tokenizer_hash": tokenizer_hash(tokenizer), "max_length": 40, **student}
+    rows, size = synthetic(kind, samples, noise), samples // parts
+    ids = list(dict.fromkeys(row.sample_id for row in rows))
     with DatasetWriter(out, kind, config) as writer:
-        writer.write_part(0, 0, samples, synthetic(kind, samples, noise), {})
+        for i in range(parts):
+            mine = set(ids[i * size : (i + 1) * size])
+            writer.write_part(i, i * size, (i + 1) * size, [r for r in rows if r.sample_id in mine], {})
         writer.finish()
     return out
 

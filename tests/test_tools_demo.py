@@ -18,7 +18,7 @@ from shards.errors import UsageError
 from student.evaluate import EvalResult
 from student.pretrain import PretrainConfig, TrainingText
 from student.trainer import StopOnSignal
-from tools.demo import ARMS, DATASETS
+from tools.demo import AR_ARMS, AR_DATASETS, ARMS, DATASETS
 from tools.demo_models import Recipe, make_model, make_tokenizer
 from tools.demo_report import findings, verdicts, write_page
 from tools.workers import Event, Job, Report, run_jobs
@@ -153,6 +153,20 @@ def test_findings_say_better_worse_or_nothing() -> None:
     assert "shared-tidal cannot be told from CE" in said
 
 
+def test_autoregressive_arms_stand_beside_the_others() -> None:
+    """Each has a name of its own and is compared with the CE arm and control of its pipeline, whose samples
+    and masks it shares."""
+    assert len({arm.name for arm in ARMS + AR_ARMS}) == len(ARMS + AR_ARMS)
+    assert {arm.dataset for arm in AR_ARMS} == {d.name for d in AR_DATASETS}
+    result = invented({"shared-kl": 2.9})
+    arm, value = AR_ARMS[0], result["arms"]["shared-kl"]
+    result["arms"][arm.name] = value | {"dataset": arm.dataset}
+    (judged,) = (v for v in verdicts(result) if v.name == "shared-kl-ar")
+    assert judged.against_ce is not None
+    assert judged.against_ce[0] == pytest.approx(-0.1)
+    assert judged.against_control is not None
+
+
 def test_report_shows_the_numbers_and_a_quick_run_claims_nothing(tmp_path: Path) -> None:
     result = invented({"shared-kl": 2.9})
     page = write_page(tmp_path / "full.html", result, quick=False).read_text()
@@ -164,10 +178,15 @@ def test_report_shows_the_numbers_and_a_quick_run_claims_nothing(tmp_path: Path)
     assert "numbers mean nothing" in quick
 
 
-def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ar", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_quick_demo_from_end_to_end(tmp_path: Path, ar: bool) -> None:
     """The command a newcomer runs, with few steps: every stage, the table, the page, the JSON line."""
+    arms = ARMS + AR_ARMS if ar else ARMS
     done = subprocess.run(
-        [sys.executable, "-m", "tools.cli", "demo", "--quick", "--json", "--out", str(tmp_path / "out")],
+        [
+            *(sys.executable, "-m", "tools.cli", "demo", "--quick", "--json", "--out", str(tmp_path / "out")),
+            *(["--ar"] if ar else []),
+        ],
         capture_output=True,
         text=True,
         timeout=600,
@@ -176,9 +195,17 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert set(summary["bits_per_byte"]) == {arm.name for arm in ARMS}
+    assert set(summary["bits_per_byte"]) == {arm.name for arm in arms}
     assert all(1.0 < value < 8.0 for value, _, _ in summary["bits_per_byte"].values())
     assert summary["datasets"]["shared-plain"]["masked"] == summary["datasets"]["shared-compdemo"]["masked"]
     for name in ("manifest.json", "README.md"):
         assert (tmp_path / "out" / "data" / "cross-compdemo" / name).is_file()
-    assert "shared-tidal" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "shared-tidal" in report
+    assert summary["runs"].keys() == {arm.name for arm in arms if arm.name not in ("shared-ce", "cross-ce")}
+    for name, place in summary["runs"].items():
+        assert f'href="students/{name}/report.html"' in report
+        training = Path(place).read_text(encoding="utf-8")
+        for words in ("finished, 12 steps", f"step 0, {name}", f"step 12, {name}", "by timestep"):
+            assert words in training, (name, words)
+    assert "without CompDemo" in (tmp_path / "out" / "dataset.html").read_text(encoding="utf-8")

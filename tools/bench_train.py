@@ -104,6 +104,8 @@ def measure(
     from tools.train_rows import make_model, make_rows, write_rows
     from tools.train_sides import Sides
 
+    rounds = repeats * (len(SIDES) - (teacher is None))
+    progress(0, rounds, "making models and rows")
     model = make_model(student, setting.device)
     narrow = torch.bfloat16 if setting.device == "cuda" else torch.float32
     large = None if teacher is None else make_model(teacher, setting.device, dtype=narrow).eval()
@@ -112,6 +114,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_rows(made, setting, student.vocab, Path(folder))
         sides = Sides(model, large, made, dataset, setting)
+        progress(0, rounds, "comparing losses, measuring memory")
         equal = sides.equality()
         names = [name for name in SIDES if name != "online" or large is not None]
         peaks = {name: bench.peak_memory(partial(sides.largest, name)) for name in reversed(names)}

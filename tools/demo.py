@@ -38,12 +38,23 @@ class DemoSize:
     """Optimiser steps of every arm."""
     held_out: int
     """Most held-out samples that an arm is judged on."""
+    looks: int
+    """Evaluations and texts of every arm while it trains, evenly spread."""
     max_length: int = 96
     """Tokens per sample."""
 
 
-FULL = DemoSize(conversations=1200, teacher_steps=(340, 320), start_steps=(200, 60), steps=192, held_out=240)
-QUICK = DemoSize(conversations=128, teacher_steps=(24, 16), start_steps=(16, 8), steps=12, held_out=16)
+FULL = DemoSize(
+    conversations=1200,
+    teacher_steps=(340, 320),
+    start_steps=(200, 60),
+    steps=180,
+    held_out=240,
+    looks=8,
+)
+QUICK = DemoSize(
+    conversations=128, teacher_steps=(24, 16), start_steps=(16, 8), steps=12, held_out=16, looks=2
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,8 @@ class Arm:
 
     @property
     def name(self) -> str:
-        return f"{self.pipeline}-{self.objective}"
+        teacher = "-ar" if self.dataset.endswith("-ar") else ""
+        return f"{self.pipeline}-{self.objective}{teacher}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +95,32 @@ ARMS = (
     Arm("cross", "reverse-calm", "cross-compdemo"),
     Arm("cross", "bernoulli-kl", "cross-compdemo"),
 )
+AR_DATASETS = (
+    Scored("shared-ar", "teacher-ar", False),
+    Scored("cross-ar", "teacher-ar-cross", False),
+)
+"""What autoregressive teachers say of the same samples under the same masks."""
+AR_ARMS = (
+    Arm("shared", "kl", "shared-ar"),
+    Arm("shared", "tidal", "shared-ar"),
+    Arm("cross", "calm", "cross-ar"),
+    Arm("cross", "reverse-calm", "cross-ar"),
+    Arm("cross", "bernoulli-kl", "cross-ar"),
+)
 
 
-def run_demo(out: Path, *, size: DemoSize, seed: int, progress: Callable[..., None]) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, size: DemoSize, seed: int, progress: Callable[..., None], autoregressive: bool = False
+) -> dict[str, Any]:
     """Run every stage and return the results that the table and the report are made of (also `demo.json`).
 
     Args:
         progress: called as tools.console.Progress is.
+        autoregressive: with autoregressive teachers and their students, beside the others.
     """
+    roles = (*ROLES, *(AR_ROLES if autoregressive else ()))
+    scored = (*DATASETS, *(AR_DATASETS if autoregressive else ()))
+    arms = (*ARMS, *(AR_ARMS if autoregressive else ()))
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     seconds: dict[str, float] = {}
@@ -107,25 +137,25 @@ def run_demo(out: Path, *, size: DemoSize, seed: int, progress: Callable[..., No
     make_tokenizers(out, seed)
     models = stage(
         "models",
-        [Job(role, make_role, {"out": str(out), "role": role, "size": size, "seed": seed}) for role in ROLES],
+        [Job(role, make_role, {"out": str(out), "role": role, "size": size, "seed": seed}) for role in roles],
     )
     datasets = stage(
         "precompute",
-        [Job(d.name, score, {"out": str(out), "scored": d, "size": size, "seed": seed}) for d in DATASETS],
+        [Job(d.name, score, {"out": str(out), "scored": d, "size": size, "seed": seed}) for d in scored],
     )
     judged = [Job("student start", judge_start, {"out": str(out), "size": size})]
     judged += [Job("dense teacher", judge_teacher, {"out": str(out), "size": size})]
     trained = [
-        Job(arm.name, train_arm, {"out": str(out), "arm": arm, "size": size, "seed": seed}) for arm in ARMS
+        Job(arm.name, train_arm, {"out": str(out), "arm": arm, "size": size, "seed": seed}) for arm in arms
     ]
-    arms = stage("students", trained + judged)
+    results = stage("students", trained + judged)
     result = {
         "seed": seed,
         "size": {name: getattr(size, name) for name in size.__dataclass_fields__},
         "models": models,
         "datasets": datasets,
-        "reference": {name: arms.pop(name) for name in ("student start", "dense teacher")},
-        "arms": arms,
+        "reference": {name: results.pop(name) for name in ("student start", "dense teacher")},
+        "arms": results,
         "stage_seconds": seconds,
         "seconds": time.monotonic() - began,
     }
@@ -134,10 +164,13 @@ def run_demo(out: Path, *, size: DemoSize, seed: int, progress: Callable[..., No
 
 
 ROLES = ("teacher-dense", "teacher-moe", "student-start")
+AR_ROLES = ("teacher-ar", "teacher-ar-cross")
+BLOCKWISE = ("teacher-dense", "student-start")
+"""Those that read blocks of tokens."""
 
 
 def recipes(size: DemoSize, seed: int) -> dict[str, Any]:
-    """The demo's three models by role."""
+    """The demo's models by role."""
     from student.pretrain import PretrainConfig
     from tools.demo_models import Recipe
 
@@ -158,11 +191,15 @@ def recipes(size: DemoSize, seed: int) -> dict[str, Any]:
         diffusion_learning_rate=4e-3,
     )
     experts = replace(dense, attention="bidirectional", diffusion_steps=int(1.4 * size.teacher_steps[1]))
-    common = {"max_length": size.max_length, "seed": seed}
+    # As many steps as the dense teacher takes in its two phases, all of the first kind.
+    causal = replace(dense, ar_steps=sum(size.teacher_steps), diffusion_steps=0)
+    common: dict[str, Any] = {"max_length": size.max_length, "seed": seed}
     return {
         "teacher-dense": Recipe(role="teacher-dense", vocab_size=1024, training=dense, **common),
         "teacher-moe": Recipe(role="teacher-moe", vocab_size=768, training=experts, **common),
         "student-start": Recipe(role="student-start", vocab_size=1024, training=start, **common),
+        "teacher-ar": Recipe(role="teacher-ar", vocab_size=1024, training=causal, **common),
+        "teacher-ar-cross": Recipe(role="teacher-ar-cross", vocab_size=768, training=causal, **common),
     }
 
 
@@ -180,7 +217,7 @@ def make_tokenizers(out: Path, seed: int) -> None:
 
 
 def make_role(*, out: str, role: str, size: DemoSize, seed: int, report: Report) -> dict[str, Any]:
-    """Train one of the three models, unless its folder holds it already."""
+    """Train one of the models, unless its folder holds it already."""
     from transformers import AutoTokenizer
 
     from precompute.corpus import open_corpus
@@ -196,7 +233,7 @@ def make_role(*, out: str, role: str, size: DemoSize, seed: int, report: Report)
     samples = training_samples(
         tokenizer,
         list(corpus),
-        block_size=BLOCK if recipe.chatml else 1,  # the bidirectional teacher sees no block filling
+        block_size=BLOCK if role in BLOCKWISE else 1,  # the others see no block filling
         max_length=size.max_length,
         holdout=HOLDOUT,
         seed=seed,
@@ -236,6 +273,7 @@ def score(*, out: str, scored: Scored, size: DemoSize, seed: int, report: Report
         seed=seed,
         limit=size.conversations,
         compdemo=scored.compdemo,
+        teacher_kind="ar" if scored in AR_DATASETS else "diffusion",
         block_size=BLOCK,
         holdout=HOLDOUT,
         max_length=size.max_length,
@@ -268,6 +306,10 @@ def train_arm(*, out: str, arm: Arm, size: DemoSize, seed: int, report: Report) 
         seed=seed,
         log_every=4,
         save_every=size.steps,
+        eval_every=size.steps // size.looks,
+        eval_samples=48,
+        sample_every=size.steps // size.looks,
+        sample_tokens=48,
     )
     start = time.monotonic()
     summary = train(

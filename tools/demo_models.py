@@ -1,9 +1,10 @@
-"""The demo's models: two tokenizers, a dense and a mixture-of-experts teacher, and the student's start.
+"""The demo's models: two tokenizers, a dense and a mixture-of-experts teacher, the student's start, and
+autoregressive teachers for either tokenizer.
 
 All are trained here, from nothing, on functions of Python's standard library outside the held-out modules,
 and saved in the layouts that published checkpoints have: WeDLM (dense), LLaDA2 (experts), a2d-qwen3
-(student). A model is a pure function of its recipe and corpus, so a folder that holds one with the same key
-is kept.
+(student), Qwen3 (autoregressive). A model is a pure function of its recipe and corpus, so a folder that holds
+one with the same key is kept.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from precompute.teachers.llada2 import save_llada2
 from student.model import A2DQwen3Config, A2DQwen3LMHeadModel
 from student.pretrain import PretrainConfig, TrainingText, pretrain
 
-Role = Literal["teacher-dense", "teacher-moe", "student-start"]
+Role = Literal["teacher-dense", "teacher-moe", "student-start", "teacher-ar", "teacher-ar-cross"]
 Report = Callable[[int, int, str], None]
 
 CHATML = """\
@@ -56,11 +57,13 @@ class Recipe:
     """Longest sample, tokens."""
     seed: int = 0
     """Of the initial weights."""
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the network's configuration, in place of the demo's."""
 
     @property
     def chatml(self) -> bool:
-        """ChatML template, shared by student and dense teacher; the other teacher has one of its own."""
-        return self.role != "teacher-moe"
+        """ChatML template, shared with the student; cross-tokenizer teachers have one of their own."""
+        return self.role not in ("teacher-moe", "teacher-ar-cross")
 
 
 def make_tokenizer(
@@ -123,56 +126,67 @@ def build(recipe: Recipe) -> Any:
         "max_position_embeddings": 1024,
         "attn_implementation": "sdpa",
     }
+
+    def sized(**fields: Any) -> dict[str, Any]:
+        return common | fields | dict(recipe.sizes)
+
     if recipe.role == "teacher-moe":
         return Glm4MoeForCausalLM(
             Glm4MoeConfig(
-                **common,
-                hidden_size=96,
-                intermediate_size=256,
-                moe_intermediate_size=96,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                n_routed_experts=6,
-                num_experts_per_tok=2,
-                n_shared_experts=1,
-                n_group=2,
-                topk_group=1,
-                first_k_dense_replace=1,
-                routed_scaling_factor=1.0,
-                norm_topk_prob=True,
-                use_qk_norm=True,
-                attention_bias=False,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-                tie_word_embeddings=False,
-                num_mtp_layers=0,
-                pad_token_id=None,
+                **sized(
+                    hidden_size=96,
+                    intermediate_size=256,
+                    moe_intermediate_size=96,
+                    num_hidden_layers=3,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    head_dim=32,
+                    n_routed_experts=6,
+                    num_experts_per_tok=2,
+                    n_shared_experts=1,
+                    n_group=2,
+                    topk_group=1,
+                    first_k_dense_replace=1,
+                    routed_scaling_factor=1.0,
+                    norm_topk_prob=True,
+                    use_qk_norm=True,
+                    attention_bias=False,
+                    rope_parameters={
+                        "rope_type": "default",
+                        "rope_theta": 10000.0,
+                        "partial_rotary_factor": 0.5,
+                    },
+                    tie_word_embeddings=False,
+                    num_mtp_layers=0,
+                    pad_token_id=None,
+                )
             )
         )
-    if recipe.role == "teacher-dense":
+    if recipe.role in ("teacher-dense", "teacher-ar", "teacher-ar-cross"):
         return Qwen3ForCausalLM(
             Qwen3Config(
-                **common,
-                hidden_size=128,
-                intermediate_size=320,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                tie_word_embeddings=True,
+                **sized(
+                    hidden_size=128,
+                    intermediate_size=320,
+                    num_hidden_layers=4,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    head_dim=32,
+                    tie_word_embeddings=True,
+                )
             )
         )
     return A2DQwen3LMHeadModel(
         A2DQwen3Config(
-            **common,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            tie_word_embeddings=True,
+            **sized(
+                hidden_size=64,
+                intermediate_size=160,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                tie_word_embeddings=True,
+            )
         )
     )
 
@@ -191,6 +205,7 @@ def make_model(
     *,
     key: str,
     report: Report,
+    device: str = "cpu",
 ) -> bool:
     """Train a model and write its folder; False if `out` already holds the one with this key.
 
@@ -200,7 +215,7 @@ def make_model(
     if stamp.is_file() and json.loads(stamp.read_text()).get("key") == key:
         return False
     assert tokenizer.mask_token_id is not None
-    model = build(recipe)
+    model = build(recipe).to(device)
     losses = pretrain(model, texts, recipe.training, mask_token_id=tokenizer.mask_token_id, progress=report)
     fresh = out.with_name(f".{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)

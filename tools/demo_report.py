@@ -3,13 +3,27 @@ assumed."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from student.evaluate import EvalResult, bootstrap, paired_bootstrap
-from tools.report_html import Bar, Column, Series, Table, bar_chart, interval, line_chart, write_report
+from tools.report_html import (
+    Bar,
+    Column,
+    Series,
+    Table,
+    Widget,
+    bar_chart,
+    interval,
+    line_chart,
+    write_report,
+)
+from tools.report_run import write_page as write_run_page
 from tools.run_precompute import above_half
+from tools.training_run import read_run
 
 BASELINE, CONTROL = "ce", "ce-uniform"
 """Objectives that arms of their pipeline are compared with, where it has them."""
@@ -176,8 +190,44 @@ def findings(judged: list[Verdict]) -> list[str]:
     return out
 
 
-def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
-    """The demo's report: one self-contained HTML file."""
+def write_run_pages(out: Path, result: dict[str, Any]) -> dict[str, str]:
+    """A page for every arm's training beside its pipeline's CE arm; arm -> place, from `out`."""
+    pages = {}
+    for name, arm in result["arms"].items():
+        other = f"{arm['pipeline']}-{BASELINE}"
+        if name != other and other in result["arms"]:
+            runs = (read_run(out / "students" / run) for run in (name, other))
+            pages[name] = f"students/{name}/report.html"
+            write_run_page(out / pages[name], *runs)
+    return pages
+
+
+def links(pages: Mapping[str, str]) -> Widget:
+    """Where the pages of the trainings are."""
+    items = "".join(
+        f'<li><a href="{html.escape(place)}">{html.escape(name)}</a></li>' for name, place in pages.items()
+    )
+    about = (
+        "Each beside the CE arm of its pipeline: losses, likelihood while it trained, and the texts that "
+        "it wrote on the way (what tide report makes of a run)."
+    )
+    return Widget(
+        title="The trainings",
+        markup=f"<p class=note>{about}</p><ul class=notes>{items}</ul>",
+        script="",
+        style=".notes a { color: inherit; }",
+        data=None,
+    )
+
+
+def write_page(
+    path: Path, result: dict[str, Any], *, quick: bool, pages: Mapping[str, str] | None = None
+) -> Path:
+    """The demo's report: one self-contained HTML file.
+
+    Args:
+        pages: those of the arms' trainings, to be linked.
+    """
     judged = verdicts(result)
     grid = list(judged[0].by_t)
     by_t = [Series(name=v.name, x=grid, y=[v.by_t[t] for t in grid]) for v in judged]
@@ -236,6 +286,7 @@ def write_page(path: Path, result: dict[str, Any], *, quick: bool) -> Path:
         title="tide demo",
         intro=intro,
         tables=[arms_table(result, judged), data_table(result), models_table(result)],
+        widgets=[links(pages)] if pages else [],
         figures=figures,
         notes=[
             *([] if quick else findings(judged)),

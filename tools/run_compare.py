@@ -87,7 +87,8 @@ def compare(
                 results[run] = measure(
                     run, str(data), grid=times, limit=limit, seed=seed, device=device, report=report
                 )
-    compared = judge(runs, results, baseline or runs[0], names(runs, read), seed)
+        with progress.doing("comparing"):
+            compared = judge(runs, results, baseline or runs[0], names(runs, read), seed)
     table = compared_table(compared)
     output = Output(as_json=json)
     output.report(table)
@@ -194,7 +195,7 @@ def judge(
 
 def objective_of(folder: Path) -> str | None:
     """The objective that training wrote beside its student: `tidal+kl:4`."""
-    from student.trainer import CONFIG_FILE
+    from student.config import CONFIG_FILE
 
     try:
         terms = jsonlib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["objective"]["terms"]

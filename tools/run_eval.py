@@ -13,7 +13,7 @@ import typer
 
 from shards.atomic import write_atomic
 from shards.errors import UsageError
-from tools.console import Output, Progress, Report
+from tools.console import Output, Progress, Report, doing
 from tools.options import Config, Json, numbers, opt, saved_options
 from tools.tables import Column, Table, interval
 
@@ -49,7 +49,7 @@ def evaluate(
         int | None, opt("Denoising passes for that many tokens (default: one each).", "N", TASKS)
     ] = None,
     threshold: Annotated[
-        float | None, opt("Instead of steps: fill all tokens at least this probable.", "P", TASKS)
+        float | None, opt("Fill all tokens at least this probable (default: as --steps says).", "P", TASKS)
     ] = None,
     shots: Annotated[
         int | None, opt("Examples in the prompt (default: as the task has it).", "N", TASKS)
@@ -118,12 +118,13 @@ def held_out(
 ) -> dict[str, Any]:
     """Evaluate, print, and return the summary; `result` holds all of it."""
     other = None if against is None else read_result(against, "--against")
-
-    from student.evaluate import EvalResult, bootstrap, paired_bootstrap
-
-    before = None if other is None else EvalResult.from_json(other)
     with Progress() as progress:
         report = progress.line("evaluating", "samples")
+        report(0, None, "loading")
+
+        from student.evaluate import EvalResult, bootstrap, paired_bootstrap
+
+        before = None if other is None else EvalResult.from_json(other)
         result = measure(model, data, grid=grid, limit=limit, seed=seed, device=device, report=report)
     value, low, high = bootstrap(result, seed=seed)
     summary: dict[str, Any] = {
@@ -154,6 +155,7 @@ def measure(
     report: Report,
 ) -> Any:
     """The `EvalResult` of a student on a dataset's held-out samples."""
+    report(0, None, "loading the student")
     from shards.reader import LogitDataset
     from student import evaluate as likelihood
     from student.device import pick_device
@@ -201,16 +203,18 @@ def on_tasks(
             chosen = tuple(replace(t, **{name: value}) for t in chosen)
     if not chat:
         chosen = tuple(replace(t, task=suites.PLAIN.get(t.task, t.task)) for t in chosen)
-    manager = suites.find_tasks(chosen, include_path)
+    with doing("looking for the tasks"):
+        manager = suites.find_tasks(chosen, include_path)
 
-    from tools.code_tasks import running
-    from tools.harness import TideLM
+        from tools.code_tasks import running
+        from tools.harness import TideLM
 
     limits = Limits() if run else None
     with Progress() as progress, running(limits):
-        lm = TideLM(
-            **student, report=lambda title, done, total: progress(title, done, total, unit="requests")
-        )
+        with progress.doing("loading the student"):
+            lm = TideLM(
+                **student, report=lambda title, done, total: progress(title, done, total, unit="requests")
+            )
         results = []
         for result in suites.run_tasks(lm, chosen, manager, chat=chat, limit=limit):
             results.append(result)

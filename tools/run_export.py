@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shards.errors import UsageError
-from tools.console import Output
+from tools.console import Output, doing
 from tools.options import Config, Json, opt
 
 
@@ -27,11 +27,12 @@ def export(
     if dtype not in ("float32", "bfloat16"):
         raise UsageError(f"--dtype must be one of float32, bfloat16, got {dtype!r}")
 
-    import torch
+    with doing(f"exporting {model}"):
+        import torch
 
-    from student.export import export_student
+        from student.export import export_student
 
-    size = export_student(model, out, dtype=getattr(torch, dtype))
+        size = export_student(model, out, dtype=getattr(torch, dtype))
     output = Output(as_json=json)
     output.say(f"{out}: self-contained student, {size / 1e6:,.1f} MB")
     output.result({"command": "export", "model": model, "out": out, "dtype": dtype, "bytes": size})

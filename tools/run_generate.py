@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from shards.errors import UsageError
-from tools.console import Output, Progress
+from tools.console import Output, Progress, doing
 from tools.options import Config, Json, opt
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def generate(
         int | None, opt("Denoising passes for that many tokens (default: one each).", "N", SAMPLING)
     ] = None,
     threshold: Annotated[
-        float | None, opt("Instead of steps: fill all tokens at least this probable.", "P", SAMPLING)
+        float | None, opt("Fill all tokens at least this probable (default: as --steps says).", "P", SAMPLING)
     ] = None,
     block_size: Annotated[int | None, opt("Tokens per block (default: as trained).", "N", SAMPLING)] = None,
     block_origin: Annotated[
@@ -100,13 +100,14 @@ def generate(
     SamplerConfig(**settings)  # refused before a model is loaded
     asked: Sequence[str | list[dict[str, str]]] = [prompt or ""] if prompts is None else read_prompts(prompts)
 
-    import torch
+    with doing("loading the student"):
+        import torch
 
-    from student import generate as students
+        from student import generate as students
 
-    sampler, tokenizer = students.load_sampler(
-        model, dtype=None if dtype is None else getattr(torch, dtype), device=device
-    )
+        sampler, tokenizer = students.load_sampler(
+            model, dtype=None if dtype is None else getattr(torch, dtype), device=device
+        )
     how = SamplerConfig(**{"block_size": students.block_size_of(sampler), **settings})
     before = [] if system is None else [{"role": "system", "content": system}]
 
@@ -129,7 +130,7 @@ def generate(
         if watch:
             done = [watched(sampler, inputs[0], how, Console(stderr=json))]
         else:
-            done = sampler.generate(inputs, how)
+            done = [one(sampler, inputs[0], how)]
             output.say(done[0].text)
     else:
         done = list(many(sampler, inputs, how, batch))
@@ -190,6 +191,17 @@ def read_prompts(path: Path) -> list[str | list[dict[str, str]]]:
     if not found:
         raise UsageError(f"--prompts {path}: no prompts in it")
     return found
+
+
+def one(sampler: Any, ids: list[int], how: SamplerConfig) -> Completion:
+    """The completion of one prompt, with progress."""
+    with Progress() as progress:
+        line = progress.line("generating", "tokens")
+        line(0, how.max_new_tokens)
+        run = sampler.watch(ids, how)
+        for shot in run:
+            line(sum(token != sampler.mask_token_id for token in shot.ids), how.max_new_tokens)
+    return run.completion
 
 
 def many(sampler: Any, inputs: Sequence[list[int]], how: SamplerConfig, batch: int) -> Iterator[Completion]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from shards.errors import UsageError
-from tools.console import INTERRUPTED, Output, Progress, is_main_process
+from tools.console import INTERRUPTED, Output, Progress, doing, is_main_process
 from tools.options import Config, Json, opt, option_names, saved_options
-
-if TYPE_CHECKING:
-    from student.config import AdapterConfig, TrainConfig
-
-logger = logging.getLogger(__name__)
+from tools.train_settings import adapter_of, explain, fit_card, sharding
 
 OBJECTIVE, OPTIMISER, MEMORY, WORK = "Objective", "Optimiser", "Memory", "Work"
 ADAPTERS, RECORDS = "LoRA", "Records"
@@ -61,8 +55,12 @@ def train(
     data: Annotated[str, opt("Logit dataset.", "DIR|URL")],
     student: Annotated[str, opt("Student to start from: model folder or hub id.", "DIR|ID")],
     out: Annotated[Path, opt("Folder of the run: student, checkpoints, metrics.", "DIR")],
-    steps: Annotated[int | None, opt("Optimiser steps; wins over --epochs.", "N")] = None,
-    epochs: Annotated[float | None, opt("Times over the training samples.", "E")] = None,
+    steps: Annotated[
+        int | None, opt("Optimiser steps; wins over --epochs (default: as those say).", "N")
+    ] = None,
+    epochs: Annotated[
+        float | None, opt("Times over the training samples (default: as --steps says).", "E")
+    ] = None,
     preset: Preset = None,
     resume: Annotated[bool, opt("Go on from the newest checkpoint in --out, if there is one.")] = False,
     objective: Annotated[
@@ -136,7 +134,8 @@ def train(
     ] = "adamw_torch",
     seed: Annotated[int, opt("Decides the order of the data and fresh noise.", "S", OPTIMISER)] = 0,
     lora: Annotated[
-        int | None, opt("Train updates of this rank, the weights frozen (peft).", "RANK", ADAPTERS)
+        int | None,
+        opt("Train updates of this rank, the weights frozen (default: the weights).", "RANK", ADAPTERS),
     ] = None,
     qlora: Annotated[
         bool, opt("The same with the frozen weights in 4 bits (bitsandbytes).", None, ADAPTERS)
@@ -150,7 +149,7 @@ def train(
         float | None,
         opt(
             "Pick optimiser, checkpointing, micro-batches and row length, those not given, for a card of "
-            "this size, and print what it should use: 8, 12, 16, 24 or any other.",
+            "this size, and print what it should use: 8, 12, 16, 24 or any other (default: pick nothing).",
             "GIB",
             MEMORY,
         ),
@@ -192,6 +191,14 @@ def train(
     keep_best: Annotated[
         bool, opt("Keep the best evaluated student in --out's best/.", None, RECORDS)
     ] = False,
+    sample_every: Annotated[
+        int | None,
+        opt(
+            "Steps between texts for held-out prompts, which tide report shows (default: none).", "N", RECORDS
+        ),
+    ] = None,
+    samples: Annotated[int, opt("Held-out prompts of these.", "N", RECORDS)] = 3,
+    sample_tokens: Annotated[int, opt("Most tokens of such a text.", "TOKENS", RECORDS)] = 64,
     report_to: Annotated[
         str | None, opt("Send metrics to tensorboard, wandb, trackio too.", "NAME,...", RECORDS)
     ] = None,
@@ -206,12 +213,13 @@ def train(
     Runs under torchrun and accelerate launch too. Ctrl-C ends the run after the current step with a
     checkpoint; the same command with --resume goes on.
     """
-    from shards.reader import LogitDataset
-    from student.hub import check_push, push_student
-    from student.objective import parse_objective
-    from student.schedule import LambdaSchedule
-    from student.trainer import TrainConfig, steps_of
-    from student.trainer import train as run
+    with doing("loading libraries"):
+        from shards.reader import LogitDataset
+        from student.hub import check_push, push_student
+        from student.objective import parse_objective
+        from student.schedule import LambdaSchedule
+        from student.trainer import TrainConfig, steps_of
+        from student.trainer import train as run
 
     aim = parse_objective(
         objective,
@@ -234,11 +242,12 @@ def train(
         raise UsageError("Missing option '--steps'; or pass --epochs, or a --preset, which has its own")
     if push_to is not None:
         check_push(push_to)
-    dataset = LogitDataset(data)
+    with doing("opening the dataset"):
+        dataset = LogitDataset(data)
+        if steps is None and epochs is not None:
+            steps = steps_of(dataset, epochs, batch_tokens)
     if preset is not None and is_main_process():
         explain(preset, dataset.manifest)
-    if steps is None and epochs is not None:
-        steps = steps_of(dataset, epochs, batch_tokens)
     settings = TrainConfig(
         steps=steps or 0,
         batch_tokens=batch_tokens,
@@ -263,6 +272,9 @@ def train(
         eval_every=eval_every,
         eval_samples=eval_samples,
         keep_best=keep_best,
+        sample_every=sample_every,
+        samples=samples,
+        sample_tokens=sample_tokens,
         report_to=tuple(filter(None, (report_to or "").split(","))),
         trainer_args=sharding(fsdp, deepspeed),
     )
@@ -279,7 +291,8 @@ def train(
         )
     pushed = None
     if summary.finished and push_to is not None and is_main_process():
-        pushed = push_student(summary.out, push_to)
+        with doing(f"pushing to {push_to}"):
+            pushed = push_student(summary.out, push_to)
         output.say(f"pushed to {pushed}")
     output.result(
         {
@@ -297,85 +310,3 @@ def train(
     )
     if not summary.finished:
         raise SystemExit(INTERRUPTED)
-
-
-def adapter_of(
-    rank: int | None, four_bit: bool, alpha: float | None, dropout: float, targets: str
-) -> AdapterConfig | None:
-    """The adapter that the LoRA options describe, if any."""
-    from student.config import AdapterConfig
-
-    if rank is None and not four_bit:
-        return None
-    default = AdapterConfig()
-    return AdapterConfig(
-        rank=default.rank if rank is None else rank,
-        alpha=alpha,
-        dropout=dropout,
-        targets=tuple(filter(None, targets.split(","))),
-        four_bit=four_bit,
-    )
-
-
-def sharding(fsdp: bool, deepspeed: Path | None) -> dict[str, Any]:
-    """transformers' arguments for weights sharded over GPUs."""
-    if deepspeed is not None and not deepspeed.is_file():
-        raise UsageError(f"--deepspeed {deepspeed}: no such file; pass DeepSpeed's settings as JSON")
-    if fsdp and deepspeed is not None:
-        raise UsageError("--fsdp and --deepspeed exclude each other: both shard the weights")
-    if fsdp:
-        wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
-        return {"fsdp": True, "fsdp_config": wrapped}
-    return {} if deepspeed is None else {"deepspeed": str(deepspeed)}
-
-
-def explain(name: str, manifest: Any) -> None:
-    """Say what a preset is, and where this run is not the paper's."""
-    from student.presets import preset_named
-
-    preset = preset_named(name)
-    logger.info("%s: %s; differs: %s", name, preset.about, preset.differs)
-    if other := ", ".join(preset.of_dataset(manifest)):
-        logger.warning("%s: the dataset differs from the paper's: %s", name, other)
-
-
-def fit_card(ctx: typer.Context, student: str, vram: float, settings: TrainConfig) -> TrainConfig:
-    """The settings with those that `--vram` picks, where nobody gave them; prints what they should use."""
-    from dataclasses import replace
-
-    import torch
-
-    from student.memory import Plan, Shape, estimate, fit
-    from student.model import read_config
-    from tools.run_plan import memory_table
-
-    def given(option: str) -> bool:
-        source = ctx.get_parameter_source(option)
-        return source is not None and source.name != "DEFAULT"
-
-    cuda = torch.cuda.is_available()
-    wanted = settings.optimizer if given("optimizer") or not cuda else "adamw_bnb_8bit"
-    plan = Plan(
-        batch_tokens=settings.batch_tokens,
-        world=int(os.environ.get("WORLD_SIZE", "1")),
-        bf16=settings.bf16 is not False,
-        optimizer=wanted,
-        adapter=settings.adapter,
-    )
-    shape = Shape.of(read_config(student))
-    chosen, needs = fit(shape, vram, plan)
-    picks: dict[str, Any] = {
-        "optimizer": chosen.optimizer,
-        "gradient_checkpointing": chosen.gradient_checkpointing,
-        "eight_bit_embedding": chosen.eight_bit_embedding,
-        "accumulation": chosen.accumulation,
-        "row_tokens": min(4096, needs.micro_tokens) if cuda else None,
-    }
-    kept = {name: getattr(settings, name) for name in picks if given(name)}
-    if kept.keys() & {"accumulation", "gradient_checkpointing", "eight_bit_embedding"}:
-        changes = {k: v for k, v in kept.items() if k not in ("optimizer", "row_tokens")}
-        chosen = replace(chosen, **changes)
-        needs = estimate(shape, chosen)
-    ctx.params.update(picks | kept)  # what was picked is saved with the options
-    Output(as_json=True).report(memory_table(shape, chosen, needs, vram))
-    return replace(settings, **picks | kept)
