@@ -33,7 +33,6 @@ PAGES = sorted(
     if p.name not in ("benchmarks.md", "LOG.md")  # records of what was run, with the commands of their day
 )
 STUDENT = "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
-MIXTURE = "allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all"
 
 SMALL = {
     "precompute": shlex.split(
@@ -44,18 +43,27 @@ SMALL = {
 }
 """Given after what a page says, so that it wins."""
 
+NAMES = {
+    "TEACHER": "tencent/WeDLM-8B-Instruct",
+    "STUDENT": "student",
+    "SPEC": "sft.jsonl",
+    "151646": "280",
+}
+"""What stands for a reader's own models and corpus, and a number that follows from real tokenizers."""
+
 ELSEWHERE = {
     r"^make |^\.ci/run": "this very run is one of them",
     r"^pip install": "extras are checked against pyproject.toml",
     r"^tide (push|pull|verify|merge)": "tests/test_tools_share.py runs the page's commands against stand-ins",
     r"^tide demo|^tide bench": "tests/test_tools_demo.py and test_tools_bench_*.py, at small size",
+    r"^python -m studies": "tests/test_studies.py, at smoke size",
     r"--suite|--tasks": "tests/test_tools_harness.py, on local tasks: data sets are on the hub",
     r"--vram|--fsdp|--deepspeed|--gpus|--qlora": "needs a GPU",
     r"--chat": "needs a terminal: tests/test_tools_generate.py",
     r"\.\.\.": "a part of a command",
     r"--engine ray|^ray ": "tests/test_precompute_ray.py",
     r"--backend vllm": "tests/test_precompute_vllm.py, in an environment of its own",
-    r"^sbatch|^torchrun|^accelerate": "another program's command",
+    r"^python -m tools\.relay": "tests/test_tools_relay.py, on tiny models: it fetches real weights",
 }
 
 
@@ -67,7 +75,7 @@ def commands(page: str) -> list[str]:
     indented = re.findall(r"(?:^    .*\n)+", plain, re.M)
     lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
     found = (re.sub(r"\s+#.*", "", " ".join(line.split())) for line in lines)
-    words = r"(tide|make|python|pip|sbatch|torchrun|accelerate|ray|\.ci/run)\b"
+    words = r"(tide|make|python|pip|torchrun|ray|\.ci/run)\b"
     return [c for c in found if re.match(words, c)]
 
 
@@ -145,8 +153,11 @@ def stock(
     for name in (STUDENT, "student"):
         A2DQwen3LMHeadModel(config).save_pretrained(root / name)
         student_tokenizer.save_pretrained(root / name)
+    shutil.copytree(made / "teacher_dense", root / "Qwen/Qwen3-8B")
     rows = [conversation(i) for i in range(12)]
     write_corpus(root / "sft.jsonl", rows)
+    (root / "allenai/tulu-3-sft-mixture").mkdir(parents=True)
+    write_corpus(root / "allenai/tulu-3-sft-mixture/rows.jsonl", rows)
     (root / "sft.jsonl.zst").write_bytes(zstandard.compress((root / "sft.jsonl").read_bytes()))
     (root / "prompts.jsonl").write_text(json.dumps({"prompt": "the river runs"}) + "\n")
     return root
@@ -265,11 +276,10 @@ def test_commands_run(page: str, tide: Tide, folder: Path) -> None:
             continue
         words = shlex.split(command)
         small = SMALL.get(words[1], []) if words[0] == "tide" else SMALL["train"]
-        given = [("280" if before == "--shared-vocab-size" else w) for before, w in zip(["", *words], words)]
-        if words[0] == "python":
-            done = subprocess.run(
-                [sys.executable, *given[1:], *small], capture_output=True, text=True, cwd=folder
-            )
+        given = [NAMES.get(word, word) for word in words]
+        if words[0] in ("python", "torchrun"):
+            program = Path(sys.executable).with_name(words[0])
+            done = subprocess.run([program, *given[1:], *small], capture_output=True, text=True, cwd=folder)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
         else:
             result = tide(*given[1:], *small)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.console import Output, Progress
+from tools.console import Output, Progress, doing
 from tools.options import Config, Json, megabytes, opt
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ def walk(
     Each step runs the code of the real thing: the teacher is asked again, and what it says is compared with
     what is stored. What is not at hand any more is left out, or given by its option.
     """
-    from shards.errors import UsageError
-    from shards.reader import LogitDataset
-    from student.objective import parse_objective
-    from tools.inspect_sample import find
-    from tools.walk_steps import Step
-    from tools.walk_student import student_steps
-    from tools.walk_teacher import Sources, teacher_steps
+    with doing("loading libraries"):
+        from shards.errors import UsageError
+        from shards.reader import LogitDataset
+        from student.objective import parse_objective
+        from tools.inspect_sample import find
+        from tools.walk_steps import Step
+        from tools.walk_student import student_steps
+        from tools.walk_teacher import Sources, teacher_steps
 
     if not 0 <= progress <= 1:
         raise UsageError(f"--progress must lie between 0 and 1, got {progress}")
@@ -60,10 +61,15 @@ def walk(
     with Progress() as bars:
         row, at = find(dataset, sample, view, megabytes(bars, "looking for the sample"))
     steps: list[Step] = []
-    for step in chain(
+    coming = chain(
         teacher_steps(dataset.manifest, row, dataset.manifest.shards[at[0]].part, sources),
         student_steps(dataset, row, at, sources.student, wanted, progress),
-    ):
+    )
+    while True:
+        with doing(f"step {len(steps) + 1}"):
+            step = next(coming, None)
+        if step is None:
+            break
         steps.append(step)
         output.report(step.table(len(steps)))
     output.result(
