@@ -4,10 +4,10 @@
     TERM    = [WEIGHT*] NAME [:CONFIG] [#SPLIT] [ '[' FIELD:VALUE, FIELD:VALUE|VALUE, ... ']' ]
 
 as in `2*allenai/tulu-3-sft-mixture+HuggingFaceTB/smoltalk:all#train+OpenCoder-LLM/opc-sft-stage1[lang:c]`.
-NAME is a path, a `datasets` id or `builtin:stdlib`; whatever exists as a path, in whole or as a term, is that
-path, whatever its characters. A row passes a filter when its FIELD is one of the VALUEs (letter case apart);
-all filters must pass. `lang` of a row without such a field: VALUE occurs in its first answer, as the paper's
-loader of OpenCoder's data has it.
+NAME is a path, a `datasets` id, `builtin:stdlib` or `builtin:stdlib-tests`; whatever exists as a path, in
+whole or as a term, is that path, whatever its characters. A row passes a filter when its FIELD is one of the
+VALUEs (letter case apart); all filters must pass. `lang` of a row without such a field: VALUE occurs in its
+first answer, as the paper's loader of OpenCoder's data has it.
 
 WEIGHT (default 1) is a rate: of the first N rows of a mixture, each source gives its share of the weights. A
 source that ends leaves the mixture; no row comes twice.
