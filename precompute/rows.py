@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -105,28 +105,31 @@ def make_rows(samples: Sequence[Sample], plans: Sequence[Sequence[Plan]], answer
     key = answers.sample.astype(np.int64) * views + answers.view
     answered = iter(answers.split(np.searchsorted(key, np.arange(1, len(samples) * views))))
     rows = []
-    for i, sample in enumerate(samples):
-        for v, plan in enumerate(plans[i]):
-            here = next(answered)
-            cross = isinstance(sample.alignment, ChunkSpans)
-            rows.append(
-                Row(
-                    sample_id=sample.sample_id,
-                    view=v,
-                    split=sample.split,
-                    t=float(plan.t),
-                    input_ids=sample.student_ids,
-                    real_length=sample.real_length,
-                    content_bytes=sample.content_bytes,
-                    maskable=sample.maskable,
-                    masked=plan.masked,
-                    positions=None if cross else _positions(plan, here),
-                    chunks=_chunks(sample.alignment, plan, here)
-                    if isinstance(sample.alignment, ChunkSpans)
-                    else None,
-                )
-            )
+    for row, sample, plan in noised(samples, plans):
+        here, spans = next(answered), sample.alignment
+        if isinstance(spans, ChunkSpans):
+            rows.append(replace(row, chunks=_chunks(spans, plan, here)))
+        else:
+            rows.append(replace(row, positions=_positions(plan, here)))
     return rows
+
+
+def noised(samples: Sequence[Sample], plans: Sequence[Sequence[Plan]]) -> Iterator[tuple[Row, Sample, Plan]]:
+    """Every view of every sample, in order, as a row without targets. Arguments as of `make_rows`."""
+    for sample, own in zip(samples, plans):
+        for view, plan in enumerate(own):
+            row = Row(
+                sample_id=sample.sample_id,
+                view=view,
+                split=sample.split,
+                t=float(plan.t),
+                input_ids=sample.student_ids,
+                real_length=sample.real_length,
+                content_bytes=sample.content_bytes,
+                maskable=sample.maskable,
+                masked=plan.masked,
+            )
+            yield row, sample, plan
 
 
 def _positions(plan: Plan, here: Answers) -> PositionTargets:

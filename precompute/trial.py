@@ -17,7 +17,7 @@ from precompute.engine import plans_of
 from precompute.inputs import Asking, as_read, make_jobs
 from precompute.prepare import PrepareConfig
 from precompute.ready import Prepared
-from precompute.rows import Answers, make_rows
+from precompute.rows import Answers, make_rows, noised
 from precompute.sample import ChunkSpans, Conversation, PositionPairs, Sample
 from shards.codec import Codec
 from shards.errors import CorpusError
@@ -170,18 +170,4 @@ def assumed_rows(
 
 def without_targets(ready: Prepared) -> list[Row]:
     """Every view of every sample, as far as a student's batches are packed from it."""
-    return [
-        Row(
-            sample_id=sample.sample_id,
-            view=view,
-            split=sample.split,
-            t=float(plan.t),
-            input_ids=sample.student_ids,
-            real_length=sample.real_length,
-            content_bytes=sample.content_bytes,
-            maskable=sample.maskable,
-            masked=plan.masked,
-        )
-        for sample, plans in zip(ready.samples, ready.plans)
-        for view, plan in enumerate(plans)
-    ]
+    return [row for row, _, _ in noised(ready.samples, ready.plans)]
