@@ -21,7 +21,7 @@ from precompute.launch import launch
 from precompute.local_crew import LocalCrew, visible_devices
 from precompute.runner import Interrupted, precompute
 from precompute.spread import Run, spread
-from shards.codec import SparseCodec
+from shards.codec import DenseCodec, ExactCodec, SparseCodec
 from shards.errors import ConfigMismatch, CorpusError, ModelError, TideError, UsageError
 
 ROWS, SIZE = 22, 3
@@ -161,6 +161,24 @@ def test_an_interrupted_run_goes_on_in_one_process(
     assert not (config.out / "manifest.json").exists()
     precompute(config)
     assert contents(config.out) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"codec": ExactCodec(), "fidelity": None},
+        {"codec": DenseCodec(), "fidelity": None},
+        {"codec": SparseCodec(), "fidelity": None, "teacher_kind": "ar"},
+        {"codec": SparseCodec(), "fidelity": None, "kind": "cross"},
+    ],
+    ids=["exact", "dense", "ar", "cross"],
+)
+def test_every_kind_of_dataset(make: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Two processes make what one makes. Across tokenizers a tokenizer is compared with itself."""
+    alone, spread = (make(out=tmp_path / name / "data", **changes) for name in ("alone", "spread"))
+    precompute(alone)
+    launch(spread, Spread(processes=2))
+    assert contents(spread.out) == contents(alone.out)
 
 
 def test_errors_of_workers_are_those_of_a_single_run(make: Any, tmp_path: Path, model: Path) -> None:
