@@ -7,6 +7,7 @@ on: samples made of its chats, or of its recorded batch, and the noise plan that
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -285,6 +286,10 @@ PARITY = pytest.StashKey[dict[str, Parity]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as in the background of a shell; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[PARITY] = defaultdict(Parity)
     if getattr(config.option, "numprocesses", None):
         config.pluginmanager.register(FromWorkers(config), "parity-from-workers")

@@ -6,6 +6,7 @@ that is not here is parsed, and the test that runs it elsewhere is named (`ELSEW
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -278,8 +279,14 @@ def test_commands_run(page: str, tide: Tide, folder: Path) -> None:
         small = SMALL.get(words[1], []) if words[0] == "tide" else SMALL["train"]
         given = [NAMES.get(word, word) for word in words]
         if words[0] in ("python", "torchrun"):
-            program = Path(sys.executable).with_name(words[0])
-            done = subprocess.run([program, *given[1:], *small], capture_output=True, text=True, cwd=folder)
+            bin = Path(sys.executable).parent
+            done = subprocess.run(
+                [bin / words[0], *given[1:], *small],
+                capture_output=True,
+                text=True,
+                cwd=folder,
+                env=os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"},
+            )
             assert done.returncode == 0, f"{command}\n{done.stderr}"
         else:
             result = tide(*given[1:], *small)
