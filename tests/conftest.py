@@ -286,9 +286,8 @@ PARITY = pytest.StashKey[dict[str, Parity]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # as in the background of a shell; children inherit it
+    # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[PARITY] = defaultdict(Parity)
     if getattr(config.option, "numprocesses", None):

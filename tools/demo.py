@@ -48,7 +48,7 @@ FULL = DemoSize(
     conversations=1200,
     teacher_steps=(340, 320),
     start_steps=(200, 60),
-    steps=180,
+    steps=154,
     held_out=240,
     looks=8,
 )
