@@ -29,7 +29,7 @@ from precompute.parts import Range, begun, unfinished
 from precompute.recipe import taken_over
 from precompute.release import RELEASE
 from precompute.runner import finish, interrupted
-from precompute.tables import once
+from precompute.tables import once, same_codec
 from shards.agreement import agree, recorded_config
 from shards.codec import table_of
 from shards.errors import ConfigMismatch, TideError
@@ -245,9 +245,14 @@ class Run:
         self._next()
 
     def _keep(self, terms: Terms) -> bool:
-        """Put the codec's file into the folder; False where there is another one."""
+        """Put the codec's file into the folder; False where there is another one.
+
+        Raises:
+            ConfigMismatch: the folder holds a dataset of another codec.
+        """
         if terms.table is None:
             return True
+        same_codec(self.config.out, terms.identity["codec"])
         name, data = terms.table
         self.table = once(self.config.out, name, lambda: data)
         return self.table == data

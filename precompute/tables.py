@@ -85,7 +85,7 @@ def make_coding(
     if table is None or not isinstance(codec, SparseCodec | ExactCodec):
         return Coding(codec)
     if keep is None:
-        same_codec(config.out, codec)
+        same_codec(config.out, codec_to_json(codec))
         keep = partial(once, config.out)
 
     def make() -> bytes:
@@ -123,12 +123,12 @@ def make_coding(
     return Coding(codec, (record,), coder, opened)
 
 
-def same_codec(out: Path, codec: Codec) -> None:
+def same_codec(out: Path, codec: dict[str, Any]) -> None:
     """Before anything is put into a folder that holds another dataset. Raises: ConfigMismatch."""
     theirs = (recorded_config(out) or {}).get("codec")
     if not isinstance(theirs, dict):
         return
-    theirs, mine = ({k: v for k, v in x.items() if k not in DECIDED} for x in (theirs, codec_to_json(codec)))
+    theirs, mine = ({k: v for k, v in x.items() if k not in DECIDED} for x in (theirs, codec))
     if differs := "; ".join(differences(theirs, mine, "codec")):
         raise ConfigMismatch(
             f"{out} was made with other settings ({differs}): choose another --out, or repeat the options it "

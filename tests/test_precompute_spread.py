@@ -181,6 +181,16 @@ def test_every_kind_of_dataset(make: Any, tmp_path: Path, changes: dict[str, Any
     assert contents(spread.out) == contents(alone.out)
 
 
+def test_a_dataset_of_another_codec_is_left_alone(make: Any) -> None:
+    """The file that this codec needs is not put into its folder."""
+    config = make(codec=SparseCodec(), fidelity=None)
+    precompute(config)
+    before = contents(config.out)
+    with pytest.raises(ConfigMismatch, match=r"codec\.sketch: 0 -> 2"):
+        launch(make(), Spread(processes=2))
+    assert contents(config.out) == before
+
+
 def test_errors_of_workers_are_those_of_a_single_run(make: Any, tmp_path: Path, model: Path) -> None:
     """A model that cannot be used, a folder of other settings, a corpus that does not fit: one line each."""
     how = Spread(processes=2)
