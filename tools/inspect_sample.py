@@ -160,10 +160,10 @@ def _named(dataset: LogitDataset, wanted: str, report: Report) -> Place:
         done += records[at[0]].batches[at[1]].length
     if not found:
         raise UsageError(
-            f"{wanted!r}: no sample id of {dataset.path} begins so, and its rows have the numbers 0 to "
-            f"{dataset.manifest.totals['rows'] - 1}"
+            f"sample {wanted!r}: no sample id of {dataset.path} begins so, and its rows have the numbers "
+            f"0 to {dataset.manifest.totals['rows'] - 1}"
         )
     if len(found) > 1:
         some = ", ".join([*list(found)[:SHOWN_IDS], *(["..."] if len(found) > SHOWN_IDS else [])])
-        raise UsageError(f"{wanted!r}: {len(found)} sample ids begin so ({some}); give more of it")
+        raise UsageError(f"sample {wanted!r}: {len(found)} sample ids begin so ({some}); give more of it")
     return next(iter(found.values()))

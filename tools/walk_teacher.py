@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from precompute.config import DTYPES, PrecomputeConfig
 from precompute.corpus import open_corpus
-from precompute.engine import Targets, make_part, plans_of
+from precompute.engine import Targets, make_part
 from precompute.inputs import Asking, as_read, make_jobs, questions
 from precompute.parts import cut
 from precompute.prepare import Preparer, sample_id_of
@@ -23,8 +24,9 @@ from precompute.teachers.load import load_teacher
 from shards.codec import SparseCodec
 from shards.errors import UsageError
 from shards.manifest import Manifest
+from shards.noise import Plan
 from shards.row import ChunkTargets, ExactTarget, PositionTargets, Row, SparseTarget
-from student.layout import ATTENTIONS
+from student.layout import ATTENTIONS, SHARED_CLEAN
 from tools.walk_steps import Step, excerpt, shaped, share, spans, texts
 
 SHOWN = 6
@@ -48,7 +50,7 @@ def settings_of_dataset(manifest: Manifest, sources: Sources) -> PrecomputeConfi
         teacher=sources.teacher or "",
         student=sources.student or "",
         corpus=sources.corpus or "",
-        out=None,  # type: ignore[arg-type]  # nothing is written
+        out=Path(),  # nothing is written
         views=manifest.noise.views,
         seed=manifest.noise.seed,
         kind=manifest.kind,
@@ -237,12 +239,23 @@ def noise_step(manifest: Manifest, row: Row) -> Step:
     return Step(title="noise plan", where="shards/noise.py (paper: masking, CompDemo)", facts=facts)
 
 
+def stored_plan(row: Row) -> Plan:
+    """The noise plan that a row carries, wherever it came from."""
+    half_a, none = np.zeros_like(row.masked), np.zeros(0, dtype=bool)
+    if row.positions is not None:
+        half_a[row.positions.positions] = row.positions.half_a
+    chunks = (none, none, none)
+    if row.chunks is not None:
+        chunks = (row.chunks.masked, row.chunks.active, row.chunks.half_a)
+    return Plan(np.float32(row.t), row.masked, half_a, *chunks)
+
+
 def question_step(sample: Sample, manifest: Manifest, row: Row, asking: Asking) -> Step:
-    plan = plans_of(sample, manifest.noise)[row.view]
+    plan = stored_plan(row)
     asked = questions(sample, row.view, plan, compdemo=asking.compdemo)
     jobs = make_jobs(sample, [plan], asking)
     padded = len(asked) * manifest.teacher["max_length"]
-    if asking.attention == "staircase":
+    if asking.attention in SHARED_CLEAN:
         padded *= 2
     facts: dict[str, Any] = {
         f"pass {i + 1}": (
@@ -275,10 +288,7 @@ def answer_step(teacher: Teacher, sample: Sample, manifest: Manifest, row: Row, 
         vocab_size=manifest.shared_vocab_size or teacher.spec.vocab_size,
         head_rows=manifest.config["compute"]["head_rows"],
     )
-    plans = plans_of(sample, manifest.noise)
-    made, _ = make_part(
-        teacher, [replace(sample)], [[plans[row.view]]], asking=replace(asking), targets=targets
-    )
+    made, _ = make_part(teacher, [sample], [[stored_plan(row)]], asking=asking, targets=targets)
     asked = int(row.masked.sum())
     facts: dict[str, Any] = {
         "teacher": f"{teacher.spec.name}, {teacher.spec.architecture}, {teacher.spec.dtype}",
