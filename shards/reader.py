@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -149,7 +149,7 @@ class LogitDataset:
 
     def stream(
         self, seed: int, start: StreamState | None = None, *, check: bool = True
-    ) -> Iterator[tuple[Row, StreamState]]:
+    ) -> Generator[tuple[Row, StreamState], None, None]:
         """Training rows without end, each with the state that goes on after it.
 
         Epoch e gives view e mod R of every training sample once.

@@ -4,7 +4,10 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import threading
 import time
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +184,13 @@ def test_a_flipped_byte_in_the_cache_changes_no_second_run(tmp_path: Path) -> No
 
     def first_epoch(url: str) -> list[tuple[str, bytes]]:
         data = LogitDataset(url, cache=BlobCache(tmp_path / "cache", 10**8))
-        stream = data.stream(0)
-        return [(r.sample_id, r.input_ids.tobytes()) for r, _ in (next(stream) for _ in range(30))]
+        try:
+            with closing(data.stream(0)) as stream:
+                return [(r.sample_id, r.input_ids.tobytes()) for r, _ in islice(stream, 30)]
+        finally:
+            for thread in threading.enumerate():
+                if thread.name.endswith("(worker)"):  # may be reading ahead, in a file about to be damaged
+                    thread.join()
 
     with serving(FolderHandler, root=tmp_path / "data") as url:
         run = first_epoch(url)
