@@ -7,8 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from precompute.prepare import sample_id_of
 from shards.atomic import write_atomic
 from studies.config import Arm
+from studies.making import conversations, held_out
 from studies.plan import Choice, Plan
 from studies.tasks import RESULT, Task
 
@@ -51,6 +53,7 @@ def write_results(plan: Plan, question: str) -> Path:
         "train": asdict(plan.study.train),
         "samples": asdict(plan.study.samples) | {"tokenizers": dict(plan.study.samples.tokenizers)},
         "corpus": asdict(plan.study.corpus) | (corpus or {}),
+        "groups": test_groups(plan),
         "arms": done,
         "open": open_arms,
         "references": references,
@@ -61,6 +64,25 @@ def write_results(plan: Plan, question: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(file, separators=(",", ":")) + "\n").encode())
     return path
+
+
+def test_groups(plan: Plan) -> list[int]:
+    """[test samples] the number of each one's group; empty while there are no tokenizers."""
+    if not plan.tokenizer().done(plan.out):
+        return []
+    s, corpus = plan.study.samples, plan.corpus().folder(plan.out)
+    group_of = {sample_id_of(c): c.group or "" for c in conversations(corpus, "test", s.test)}
+    rows = held_out(
+        corpus,
+        plan.tokenizer().folder(plan.out),
+        "test",
+        s.test,
+        block_size=s.block_size,
+        max_length=s.max_length,
+    )
+    found = [group_of[row.sample_id] for row in rows]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(found))}
+    return [numbers[name] for name in found]
 
 
 def _arm(

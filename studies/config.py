@@ -77,6 +77,8 @@ class DataSpec:
     codec: str = "sparse"
     """As `tide bench codec` takes it: `sparse:cap=8`, `dense`, ..."""
     teacher_kind: str = "diffusion"
+    samples: int | None = None
+    """The first so many of the training samples; None = all that are distilled on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,6 +260,10 @@ def scaled(study: Study, by: float) -> Study:
                 batch_size=less(m.batch_size),
             )
             for name, m in study.models.items()
+        },
+        data={
+            name: replace(d, samples=None if d.samples is None else less(d.samples))
+            for name, d in study.data.items()
         },
         train=replace(
             study.train, steps=less(study.train.steps), batch_tokens=less(study.train.batch_tokens)

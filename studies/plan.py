@@ -64,9 +64,9 @@ class Plan:
     def data(self, name: str, seed: int) -> Task:
         s = self.study.samples
         d: DataSpec = self.study.data[name]
-        spec = asdict(d) | {"seed": seed, "conversations": s.train, "device": self.study.device}
+        spec = asdict(d) | {"seed": seed, "conversations": d.samples or s.train, "device": self.study.device}
         spec |= {"block_size": s.block_size, "max_length": s.max_length, "dtype": self.study.dtype}
-        del spec["teacher"]
+        del spec["teacher"], spec["samples"]
         needs = self._texts() | {"teacher": self.model(d.teacher)}
         return Task("data", f"data {name}, seed {seed}", spec, needs)
 

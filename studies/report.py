@@ -15,6 +15,7 @@ from shards.errors import UsageError
 from student.schedule import LambdaSchedule
 from studies.collect import RESULTS
 from studies.intervals import Interval, interval
+from studies.plots import write_plots
 from tools.report_html import Bar, Figure, Series, bar_chart, line_chart, write_report
 from tools.tables import Cell, Column, Table
 from tools.tables import interval as shown_interval
@@ -24,6 +25,7 @@ DIGITS = 4
 MARK = "<!-- study: {} -->"
 """Where tables of a question begin in a page; they end at `END`."""
 END = "<!-- end -->"
+DETAILS = "What was chosen on validation, and what was measured besides"
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -47,8 +49,9 @@ class Judged:
         arms = {a["name"]: a for a in result["arms"]}
         self.arm, self.name = arm, arm["name"]
         self.content = np.asarray(arm["bytes"])
+        self.groups = np.asarray(result["groups"])
         self.nll = np.asarray(arm["centinats"], dtype=np.float64)
-        self.bits = interval(self.nll, self.content)
+        self.bits = interval(self.nll, self.content, groups=self.groups)
         self.other = arm["against"] or result["baseline"]
         self.difference = self._against(arms.get(self.other))
         self.from_control = self._against(arms.get(result["control"] or ""))
@@ -56,7 +59,8 @@ class Judged:
     def _against(self, other: dict[str, Any] | None) -> Interval | None:
         if other is None or other["name"] == self.name:
             return None
-        return interval(self.nll, self.content, np.asarray(other["centinats"], dtype=np.float64))
+        against = np.asarray(other["centinats"], dtype=np.float64)
+        return interval(self.nll, self.content, against, groups=self.groups)
 
 
 def judged(result: dict[str, Any]) -> list[Judged]:
@@ -111,8 +115,9 @@ def arms_table(result: dict[str, Any]) -> Table:
         )
     steps = result["train"]["steps"]
     note = (
-        f"{result['seeds']} seeds (student initialisation, noise, order), {_samples(result)} test samples, "
-        f"{steps} steps of {result['train']['batch_tokens']} packed tokens unless the arm says otherwise. "
+        f"{result['seeds']} seeds (student initialisation, noise, order), {len(result['groups'])} test "
+        f"samples of {max(result['groups'], default=-1) + 1} modules, {steps} steps of "
+        f"{result['train']['batch_tokens']} packed tokens unless the arm says otherwise. "
         f"Lower is better. Difference: to {result['baseline']}, or to the arm of its kind where the question "
         "has several. Seeds: in how many the sign is that of the mean. Teacher TFLOP: one pass over all "
         "stored views, or what the loop asked."
@@ -129,10 +134,6 @@ def _references(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
         groups.setdefault(name.partition("/")[0], []).append(found["test"])
     for name, values in groups.items():
         yield (f"({name}, before)" if len(values) > 1 else f"({name})"), sum(values) / len(values)
-
-
-def _samples(result: dict[str, Any]) -> int:
-    return len(result["arms"][0]["bytes"]) if result["arms"] else result["samples"]["test"]
 
 
 def choices_table(result: dict[str, Any]) -> Table | None:
@@ -258,7 +259,7 @@ def figures(result: dict[str, Any]) -> Iterator[Figure]:
                 f"{result['title']}: difference {title}",
                 bars,
                 x_label=f"{BITS} (left is better)",
-                caption="Two-way paired bootstrap over seeds and test samples, 95 %.",
+                caption="Two-way paired bootstrap over seeds and test modules, 95 %.",
             )
     base = next((j for j in arms if j.name == result["baseline"]), None)
     if base is not None:
@@ -336,7 +337,8 @@ def markdown(table: Table) -> str:
 
 
 def write_doc(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write the tables and findings of every question between its marks; the rest of the page stays.
+    """Write every question's plots beside the page, and its table, findings and details between its marks in
+    it; the rest of the page stays.
 
     Raises:
         UsageError: the page has no marks for a question.
@@ -344,12 +346,17 @@ def write_doc(path: Path, results: dict[str, dict[str, Any]]) -> None:
     text = path.read_text(encoding="utf-8")
     for question, result in results.items():
         begin = MARK.format(question)
-        pattern = re.compile(re.escape(begin) + r".*?" + re.escape(END), re.S)
-        said = "\n".join(f"- {line}" for line in findings(result))
-        parts = [*map(markdown, tables(result)), said]
-        body = "\n\n".join(part for part in parts if part)
-        found = pattern.search(text)
+        found = re.search(re.escape(begin) + r".*?" + re.escape(END), text, re.S)
         if found is None:
             raise UsageError(f"{path}: no place for question {question}; add {begin} and {END}")
+        plots = write_plots(path.with_suffix(""), result, judged(result))
+        first, *rest = tables(result)
+        parts = [markdown(first)]
+        parts += [f"![{result['title']}]({p.relative_to(path.parent).as_posix()})" for p in plots]
+        parts.append("\n".join(f"- {line}" for line in findings(result)))
+        if rest:
+            details = "\n\n".join(map(markdown, rest))
+            parts.append(f"<details><summary>{DETAILS}</summary>\n\n{details}\n\n</details>")
+        body = "\n\n".join(part for part in parts if part)
         text = f"{text[: found.start()]}{begin}\n\n{body}\n\n{END}{text[found.end() :]}"
     path.write_text(text, encoding="utf-8")

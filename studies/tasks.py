@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ WORK = {
 """Kind of task -> the function that does it: (task, out, report) to a result of plain JSON values."""
 
 
+@cache
+def versions() -> tuple[str, ...]:
+    """Of what computes: results of others are not mixed with these."""
+    return platform.python_version(), version("torch"), version("transformers")
+
+
 @dataclass(frozen=True)
 class Task:
     """A piece of work; equal if its hash is."""
@@ -55,7 +61,7 @@ class Task:
             self.kind,
             self.spec,
             {role: task.key for role, task in self.needs.items()},
-            [platform.python_version(), version("torch"), version("transformers")],
+            versions(),
         ]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

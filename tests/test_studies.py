@@ -2,6 +2,7 @@
 difference is."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -95,8 +96,13 @@ def test_report_is_made_of_the_result_files_alone(smoke: Path, tmp_path: Path) -
     assert all(f"kept {q}" in text for q in "abcd")
     assert "| kl, teacher in the loop |" in text
     assert "Gradient norm over CE's" in text
+    assert "](study/a.svg)" in text
+    plots = {f.name: f.read_bytes() for f in (tmp_path / "study").glob("*.svg")}
+    assert set(plots) == {"a.svg", "d.svg"}, "(b) and (c) have a single arm here"
+    assert b"<svg" in plots["a.svg"]
     write_doc(page, results)
     assert page.read_text() == text
+    assert {f.name: f.read_bytes() for f in (tmp_path / "study").glob("*.svg")} == plots
     html = write_html(tmp_path / "study.html", results).read_text()
     assert "difference to the baseline" in html
     page.write_text("# no marks\n")
@@ -171,7 +177,8 @@ def test_choices_follow_validation_one_field_after_the_other(small: tuple[Study,
     """Results written by hand: the learning rate is chosen first, then the weight at that rate, then the
     temperature; arms that follow another take its choices; tests are never looked at."""
     study, out = small
-    plan = Plan(study, out)
+    grid = {"learning_rate": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "weight": (1.0, 4.0), "temperature": (1.0, 2.0)}
+    plan = Plan(replace(study, tune=grid), out)
     arm = study.questions["a"].arm("kl")
 
     def pretend(task: Task) -> None:
@@ -209,6 +216,15 @@ def test_intervals_pair_seeds_and_samples() -> None:
     both = interval(uneven, content, common)
     assert both.high - both.low > 3 * (samples_only.high - samples_only.low)
     assert both.agree == "3/5"
+    module = np.repeat(np.arange(20), 10)  # what ten samples share is one draw, not ten
+    shared = common + 100 + rng.normal(0, 100, (1, 20))[:, module]
+    alone, grouped = interval(shared, content, common), interval(shared, content, common, groups=module)
+    assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
+    assert grouped.value == alone.value
+    offsets = np.array([[-300.0], [-100], [0], [100], [300]])
+    seeds_only = interval(common + offsets, np.full(200, 200), common)
+    error = np.std(offsets, ddof=1) / 5**0.5 / 100 / 200 / math.log(2)
+    assert seeds_only.high - seeds_only.low == pytest.approx(2 * 1.96 * error, rel=0.1)
 
     def result(nll: np.ndarray) -> EvalResult:
         return EvalResult((0.5,), 0, tuple(map(str, range(200))), nll[0][:, None] / 100, content)
