@@ -55,7 +55,7 @@ class ModelSpec:
     """A model and its training."""
 
     role: str = "student-start"
-    """Of `tools.demo_models`; or `smollm2`: SmolLM2-135M, trained further as a block-diffusion model."""
+    """Of `tools.demo.models`; or `smollm2`: SmolLM2-135M, trained further as a block-diffusion model."""
     ar_steps: int = 340
     diffusion_steps: int = 320
     learning_rate: float = 4e-3

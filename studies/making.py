@@ -30,9 +30,9 @@ from student.pairs import Counting
 from student.pretrain import PretrainConfig, TrainingText, pretrain
 from student.tokenizer import load_tokenizer
 from studies.tasks import Task
-from tools.bench_codec import parse_codec
-from tools.demo_models import Recipe, build, make_tokenizer, model_key, training_samples
-from tools.demo_models import make_model as train_model
+from tools.benches.codec import parse_codec
+from tools.demo.models import Recipe, build, make_tokenizer, model_key, training_samples
+from tools.demo.models import make_model as train_model
 from tools.workers import Report
 
 SPLITS = ("train", "validation", "test")

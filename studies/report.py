@@ -16,7 +16,7 @@ from student.schedule import LambdaSchedule
 from studies.collect import RESULTS
 from studies.intervals import Interval, interval
 from studies.plots import write_plots
-from tools.report_html import Bar, Figure, Series, bar_chart, line_chart, write_report
+from tools.pages.report import Bar, Figure, Series, bar_chart, line_chart, write_report
 from tools.tables import Cell, Column, Table
 from tools.tables import interval as shown_interval
 
@@ -243,7 +243,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         found.append(chosen)
     found += why_tables(result)
     if result["codecs"]:
-        from tools.bench_codec import tables as codec_tables
+        from tools.benches.codec import tables as codec_tables
 
         found += codec_tables(result["codecs"]["sides"])
     return found

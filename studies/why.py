@@ -190,7 +190,7 @@ def chunks(model: Any, batch: Batch) -> dict[str, Any]:
 
 def measure_codecs(task: Task, out: Path, report: Report) -> dict[str, Any]:
     """`tide bench codec` on some positions."""
-    from tools.bench_codec import load_states, measure, parse_codec
+    from tools.benches.codec import load_states, measure, parse_codec
 
     class Lines:
         def line(self, name: str, unit: str) -> Callable[[int, int, str], None]:

@@ -27,7 +27,7 @@ from student.memory import Shape
 from student.objective import parse_objective
 from student.pairs import TILE, computed_pairs
 from student.run_attention import RUNS
-from tools.layouts import Sizes, choose, make_teacher, make_work
+from tools.benches.layouts import Sizes, choose, make_teacher, make_work
 
 TOY: dict[str, Any] = {
     "layers": 3, "hidden": 48, "intermediate": 80, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 600,

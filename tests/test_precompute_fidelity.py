@@ -32,7 +32,7 @@ from student.objective import parse_objective
 from student.tables import dataset_table
 from student.tensors import with_table
 from student.trainer import train
-from tools.run_precompute import fidelity_line
+from tools.commands.precompute import fidelity_line
 
 Make = Callable[..., PrecomputeConfig]
 SKETCH = SparseCodec(cap=12, sketch=6, sketch_step=0.1)

@@ -15,7 +15,7 @@ from transformers import Glm4MoeForCausalLM, Qwen3ForCausalLM
 from precompute.teachers import dense, llada2
 from precompute.teachers.checkpoint import empty_model
 from precompute.teachers.families import family_of
-from tools.plan_models import KNOWN
+from tools.planning.models import KNOWN
 
 MINI, WEDLM_8B = (KNOWN[name] for name in ("LLaDA2.0-mini", "WeDLM-8B"))
 

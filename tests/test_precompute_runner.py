@@ -28,7 +28,7 @@ from shards.manifest import Manifest
 from shards.noise import make_plan
 from shards.reader import LogitDataset
 from shards.row import DenseTarget, Row, SparseTarget
-from tools.run_precompute import losses
+from tools.commands.precompute import losses
 
 
 @pytest.fixture(scope="module")

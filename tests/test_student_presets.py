@@ -18,7 +18,8 @@ from shards.reader import LogitDataset
 from student.loader import DatasetRows, global_batches
 from student.presets import PRESETS, preset_named
 from student.trainer import steps_of
-from tools import cli, run_train
+from tools import cli
+from tools.commands import train as run_train
 
 
 @pytest.fixture(scope="module")

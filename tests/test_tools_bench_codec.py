@@ -9,8 +9,8 @@ import pytest
 from shards.codec import DenseCodec, ExactCodec, SparseCodec
 from shards.errors import UsageError
 from tools import smollm2
-from tools.bench_codec import CODECS, parse_codec
-from tools.bench_codec import bench_codec as run
+from tools.benches.codec import CODECS, parse_codec
+from tools.benches.codec import bench_codec as run
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tools import layouts
-from tools.bench_precompute import busy_share, measure, table
-from tools.layout_figures import cost
+from tools.benches import layouts
+from tools.benches.layout_figures import cost
+from tools.benches.precompute import busy_share, measure, table
 
 TOY = {
     "layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 600,

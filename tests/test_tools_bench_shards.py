@@ -9,8 +9,8 @@ import pytest
 
 from shards.codec import SparseCodec
 from shards.realistic import realistic_rows
-from tools.bench_shards import measure, same, table
-from tools.shard_stores import make_stores
+from tools.benches.shard_stores import make_stores
+from tools.benches.shards import measure, same, table
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ import torch
 
 from student.objective import parse_objective
 from student.tensors import Dense
-from tools import bench_train, train_sides
-from tools.loss_memory import compare_losses
-from tools.train_rows import Setting, Shape, make_model, make_rows, write_rows
+from tools.benches import train as bench_train
+from tools.benches import train_sides
+from tools.benches.loss_memory import compare_losses
+from tools.benches.train_rows import Setting, Shape, make_model, make_rows, write_rows
 
 STUDENT = Shape(vocab=4000, hidden=32, mlp=48, layers=2, heads=2, kv_heads=1, head_dim=16)
 TEACHER = Shape(vocab=4000, hidden=64, mlp=96, layers=3, heads=4, kv_heads=2, head_dim=16, tied=False)

@@ -18,9 +18,9 @@ from shards.errors import UsageError
 from student.evaluate import EvalResult
 from student.pretrain import PretrainConfig, TrainingText
 from student.trainer import StopOnSignal
-from tools.demo import AR_ARMS, AR_DATASETS, ARMS, DATASETS
-from tools.demo_models import Recipe, make_model, make_tokenizer
-from tools.demo_report import findings, verdicts, write_page
+from tools.demo.models import Recipe, make_model, make_tokenizer
+from tools.demo.report import findings, verdicts, write_page
+from tools.demo.run import AR_ARMS, AR_DATASETS, ARMS, DATASETS
 from tools.workers import Event, Job, Report, run_jobs
 
 

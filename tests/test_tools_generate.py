@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalL
 
 from student.generate import chat_ids, load_sampler, raw_ids
 from student.sampler_config import SamplerConfig
-from tools.run_generate import HIDDEN, picture
+from tools.commands.generate import HIDDEN, picture
 
 SMALL = ("--block-size", 8, "--max-new-tokens", 12)
 HOW = SamplerConfig(block_size=8, max_new_tokens=12)

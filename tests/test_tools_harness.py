@@ -22,7 +22,7 @@ from shards.errors import TideError, UsageError
 from student.elbo import Continuation, log_likelihood_bounds
 from student.generate import raw_ids
 from student.sampler_config import SamplerConfig
-from tools import suite
+from tools.evaluation import suite
 from tools.harness import TideLM
 
 BLOCK = 8

@@ -29,11 +29,11 @@ from shards.schema import Kind
 from shards.synthetic import synthetic_config, synthetic_rows
 from shards.verify import OPTIONS
 from shards.writer import DatasetWriter
-from tools.inspect_pairs import teacher_pieces
-from tools.inspect_sample import all_batches, sample, spread
-from tools.inspect_stats import Z, mean_interval, paired, positions_of
-from tools.inspect_targets import Teller
-from tools.inspect_text import TokenTexts, visible
+from tools.inspecting.pairs import teacher_pieces
+from tools.inspecting.sample import all_batches, sample, spread
+from tools.inspecting.stats import Z, mean_interval, paired, positions_of
+from tools.inspecting.targets import Teller
+from tools.inspecting.text import TokenTexts, visible
 
 GOLDEN = Path(__file__).parent / "golden_shards"
 TEACHER = {
@@ -150,7 +150,7 @@ def test_the_sample_is_spread_nested_and_bounded(tmp_path: Path, monkeypatch: py
     assert {(r.sample_id, r.view) for r in again.rows} == keys[1]
     assert not again.everything
     assert sample(data, 128, quiet).everything
-    monkeypatch.setattr("tools.inspect_sample.SAMPLE_BYTES", 1)
+    monkeypatch.setattr("tools.inspecting.sample.SAMPLE_BYTES", 1)
     assert len(sample(data, 1000, quiet).rows) == 4
 
 

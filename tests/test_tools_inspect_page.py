@@ -24,9 +24,9 @@ from shards.synthetic import synthetic_config, synthetic_rows
 from shards.writer import DatasetWriter
 from student.tokenizer import load_tokenizer, tokenizer_hash
 from tools.cli import app
-from tools.inspect_sample import all_batches, sample
-from tools.inspect_stats import by_t, positions_of
-from tools.report_html import Columns, column_chart, heatmap
+from tools.inspecting.sample import all_batches, sample
+from tools.inspecting.stats import by_t, positions_of
+from tools.pages.report import Columns, column_chart, heatmap
 
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><!--"
 NOISE, CODEC = NoiseConfig(views=3), SparseCodec(cap=12)

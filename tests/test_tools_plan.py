@@ -19,8 +19,8 @@ from shards.codec import DenseCodec, ExactCodec, SparseCodec
 from shards.manifest import Manifest
 from shards.reader import LogitDataset
 from student.trainer import steps_of
-from tools.devices import CPU, DEVICES, device_named
-from tools.plan_models import KNOWN
+from tools.planning.devices import CPU, DEVICES, device_named
+from tools.planning.models import KNOWN
 
 ROWS, SAMPLE = 90, 64
 CODECS: dict[str, Any] = {"sparse": SparseCodec(cap=16), "exact": ExactCodec(), "dense": DenseCodec()}

@@ -25,10 +25,10 @@ from shards.manifest import Manifest
 from shards.noise import NoiseConfig
 from shards.synthetic import synthetic_config, synthetic_rows
 from shards.writer import DatasetWriter
-from tools.relay import Leg, RelayConfig, run_relay
-from tools.relay_machines import Machine, RelayError, Unreachable, pip, stage_two_source, store
-from tools.relay_models import make_student
-from tools.relay_report import tables
+from tools.relay.machines import Machine, RelayError, Unreachable, pip, stage_two_source, store
+from tools.relay.models import make_student
+from tools.relay.report import tables
+from tools.relay.run import Leg, RelayConfig, run_relay
 
 SESSION = """
 import contextlib, io, json, sys

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UsageError
-from tools.report_html import Bar, Column, Series, Table, bar_chart, interval, line_chart, write_report
+from tools.pages.report import Bar, Column, Series, Table, bar_chart, interval, line_chart, write_report
 
 HOSTILE = "</script><script>alert(1)</script><b>&"
 

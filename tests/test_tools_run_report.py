@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from shards.errors import UsageError
 from student.objective import parse_objective
 from student.trainer import train
-from tools.report_run import write_page
-from tools.report_texts import evenly, texts_widget
-from tools.training_run import read_run, state_of
+from tools.pages.run import write_page
+from tools.pages.texts import evenly, texts_widget
+from tools.pages.training_run import read_run, state_of
 
 WATCHED = replace(
     CONFIG, log_every=1, eval_every=2, eval_samples=4, sample_every=2, samples=2, sample_tokens=12

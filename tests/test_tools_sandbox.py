@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.code_tasks import humaneval, running, score_humaneval, score_mbpp
-from tools.sandbox import Limits, Outcome, isolation, run_code
+from tools.evaluation.code_tasks import humaneval, running, score_humaneval, score_mbpp
+from tools.evaluation.sandbox import Limits, Outcome, isolation, run_code
 
 QUICK = Limits(seconds=20.0, memory_bytes=256 << 20, disk_bytes=1 << 20)
 

@@ -13,21 +13,21 @@ from typing import Annotated
 
 import typer
 
+from tools.commands.bench import bench
+from tools.commands.compare import compare
+from tools.commands.demo import demo
+from tools.commands.eval import evaluate
+from tools.commands.export import export
+from tools.commands.generate import generate
+from tools.commands.inspect import inspect
+from tools.commands.plan import plan
+from tools.commands.precompute import precompute
+from tools.commands.report import report
+from tools.commands.share import merge, pull, push
+from tools.commands.train import train
+from tools.commands.verify import verify
+from tools.commands.walk import walk
 from tools.console import guard, set_up_logging
-from tools.run_bench import bench
-from tools.run_compare import compare
-from tools.run_demo import demo
-from tools.run_eval import evaluate
-from tools.run_export import export
-from tools.run_generate import generate
-from tools.run_inspect import inspect
-from tools.run_plan import plan
-from tools.run_precompute import precompute
-from tools.run_report import report
-from tools.run_share import merge, pull, push
-from tools.run_train import train
-from tools.run_verify import verify
-from tools.run_walk import walk
 
 app = typer.Typer(
     name="tide",

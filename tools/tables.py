@@ -1,4 +1,4 @@
-"""Tables as data: one description for the terminal (`tools.console`) and the page (`tools.report_html`)."""
+"""Tables as data: one description for the terminal (`tools.console`) and the page (`tools.pages.report`)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The subcommands of `tide`, a module each: options in, results and errors out."""

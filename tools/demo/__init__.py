@@ -1,0 +1,1 @@
+"""`tide demo`: the whole path on CPU."""

@@ -1,0 +1,1 @@
+"""A student's answers to tasks: lm-evaluation-harness, the paper's eight, programs in a sandbox."""

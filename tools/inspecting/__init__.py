@@ -1,0 +1,1 @@
+"""`tide inspect`: a logit dataset as people look at it."""

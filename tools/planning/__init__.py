@@ -1,0 +1,1 @@
+"""`tide plan`: what a run would cost, before it runs."""

@@ -1,0 +1,1 @@
+"""`tide walk`: every step that one sample takes."""
