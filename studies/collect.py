@@ -48,6 +48,7 @@ def write_results(plan: Plan, question: str) -> Path:
         "asks": q.asks,
         "baseline": q.baseline,
         "control": q.control,
+        "contrasts": q.contrasts,
         "seeds": plan.study.seeds,
         "tuning_seeds": plan.study.tuning_seeds,
         "train": asdict(plan.study.train),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,6 +153,8 @@ class Question:
     baseline: str
     control: str | None = None
     arms: tuple[Arm, ...]
+    contrasts: tuple[tuple[str, str], ...] = ()
+    """Pairs of arms that are compared with each other besides: the first minus the second."""
     curves: int = 0
     """Evaluations on validation while training, evenly spread."""
     why: tuple[Why, ...] = ()
@@ -281,7 +284,10 @@ def _study(given: dict[str, Any], where: str) -> Study:
         at = f"{where}: questions.{name}"
         arms = tuple(_read(Arm, a, f"{at}.arms") for a in q.get("arms", ()))
         why = tuple(_read(Why, w, f"{at}.why") for w in q.get("why", ()))
-        questions[name] = _read(Question, q | {"arms": arms, "why": why}, at)
+        contrasts = tuple(tuple(pair) for pair in q.get("contrasts", ()))
+        if any(len(pair) != 2 for pair in contrasts):
+            raise UsageError(f"{at}: contrasts are pairs of arms")
+        questions[name] = _read(Question, q | {"arms": arms, "why": why, "contrasts": contrasts}, at)
     parts = {
         "corpus": _read(CorpusSpec, given.get("corpus") or {}, f"{where}: corpus"),
         "samples": _read(SampleSpec, given.get("samples") or {}, f"{where}: samples"),
@@ -294,7 +300,7 @@ def _study(given: dict[str, Any], where: str) -> Study:
     for name, question in study.questions.items():
         for arm in question.arms:
             _check(study, name, arm, where)
-        for other in (question.baseline, question.control):
+        for other in (question.baseline, question.control, *chain.from_iterable(question.contrasts)):
             if other is not None:
                 question.arm(other)
     return study

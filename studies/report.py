@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from student.schedule import LambdaSchedule
 from studies.collect import RESULTS
 from studies.intervals import Interval, interval
 from studies.plots import write_plots
+from studies.why_tables import why_tables
 from tools.pages.report import Bar, Figure, Series, bar_chart, line_chart, write_report
 from tools.tables import Cell, Column, Table
 from tools.tables import interval as shown_interval
@@ -53,10 +53,10 @@ class Judged:
         self.nll = np.asarray(arm["centinats"], dtype=np.float64)
         self.bits = interval(self.nll, self.content, groups=self.groups)
         self.other = arm["against"] or result["baseline"]
-        self.difference = self._against(arms.get(self.other))
-        self.from_control = self._against(arms.get(result["control"] or ""))
+        self.difference = self.against(arms.get(self.other))
+        self.from_control = self.against(arms.get(result["control"] or ""))
 
-    def _against(self, other: dict[str, Any] | None) -> Interval | None:
+    def against(self, other: dict[str, Any] | None) -> Interval | None:
         if other is None or other["name"] == self.name:
             return None
         against = np.asarray(other["centinats"], dtype=np.float64)
@@ -136,6 +136,25 @@ def _references(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield (f"({name}, before)" if len(values) > 1 else f"({name})"), sum(values) / len(values)
 
 
+def contrasts_table(result: dict[str, Any]) -> Table | None:
+    """Arms compared with each other as the question asks; None where it asks for none that are done."""
+    arms = {j.name: j for j in judged(result)}
+    rows = []
+    for first, second in result["contrasts"]:
+        if first in arms and second in arms:
+            d = arms[first].against(arms[second].arm)
+            if d is not None:
+                rows.append((first, second, shown_interval(*d.triple, digits=DIGITS), d.agree))
+    columns = (
+        Column(label="arm", align="left"),
+        Column(label="minus", align="left"),
+        Column(label=f"{BITS} [95 %, paired]"),
+        Column(label="seeds"),
+    )
+    title = f"{result['title']}: direct comparisons"
+    return Table(title=title, columns=columns, rows=tuple(rows)) if rows else None
+
+
 def choices_table(result: dict[str, Any]) -> Table | None:
     """What validation said; None where nothing was chosen."""
     columns = (
@@ -177,68 +196,11 @@ def findings(result: dict[str, Any]) -> list[str]:
     return out
 
 
-def why_tables(result: dict[str, Any]) -> Iterator[Table]:
-    """Gradients, calibration and chunks, for every measurement."""
-    for found in result["why"]:
-        edges = found["edges"]
-        bins = [f"t {a:g}-{b:g}" for a, b in pairwise(edges)]
-        for when in ("start", "after"):
-            at = "at the start" if when == "start" else f"after training {found['trained']}"
-            where = f"data {found['data']}, {at}"
-            grads = found[when]["gradients"]
-            base = next(g for g in grads if g["objective"] == "ce")["norm"]
-            grads = [g | {"over_ce": [n / b if b else None for n, b in zip(g["norm"], base)]} for g in grads]
-            measures = (
-                ("Gradient norm over CE's", "over_ce"),
-                ("Cosine with CE's gradient on the same rows", "with_ce"),
-                ("Cosine with KL's gradient", "with_kl"),
-                ("Cosine with CE's gradient on other text", "with_other_text"),
-            )
-            for title, field in measures:
-                rows = tuple((g["objective"], *g[field]) for g in grads if g[field] is not None)
-                if rows:
-                    yield _by_bins(f"{title}: {where}", "objective", bins, rows, digits=3)
-            if found[when]["chunks"]:
-                yield _chunk_table(f"Chunks: {where}", bins, found[when]["chunks"])
-        calibrated = {"student, start": found["start"], f"student, {found['trained']}": found["after"]}
-        if "teacher" in found:
-            calibrated["teacher"] = found["teacher"]
-        rows = tuple(
-            (f"{who}, T {T}: {what}", *(c[f"T {T}"][field] for c in data["calibration"]))
-            for who, data in calibrated.items()
-            for T in ("1", "2")
-            for what, field in (("confidence", "confidence"), ("calibration error", "error"))
-        )
-        right = tuple(
-            (f"{who}: accuracy", *(c["accuracy"] for c in d["calibration"])) for who, d in calibrated.items()
-        )
-        yield _by_bins(
-            f"Calibration on validation text ({found['data']})", "who", bins, right + rows, digits=3
-        )
-
-
-def _by_bins(title: str, first: str, bins: Sequence[str], rows: Any, *, digits: int) -> Table:
-    columns = (Column(label=first, align="left"), *(Column(label=b, digits=digits) for b in bins))
-    return Table(title=title, columns=columns, rows=rows)
-
-
-def _chunk_table(title: str, bins: Sequence[str], found: Sequence[dict[str, Any]]) -> Table:
-    rows = tuple(
-        (f"{T}: {what}", *(c.get(T, {}).get(field) for c in found))
-        for T in ("T 1", "T 2", "T 5")
-        for what, field in (
-            ("teacher's probability", "teacher"),
-            ("student's probability", "student"),
-            ("teacher above ½", "above_half"),
-            ("student above teacher", "student_above_teacher"),
-        )
-    )
-    return _by_bins(title, "mean over active chunks", bins, rows, digits=3)
-
-
 def tables(result: dict[str, Any]) -> list[Table]:
     """All of a question's."""
     found = [arms_table(result)]
+    if (contrasts := contrasts_table(result)) is not None:
+        found.append(contrasts)
     if (chosen := choices_table(result)) is not None:
         found.append(chosen)
     found += why_tables(result)
@@ -337,8 +299,8 @@ def markdown(table: Table) -> str:
 
 
 def write_doc(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Write every question's plots beside the page, and its table, findings and details between its marks in
-    it; the rest of the page stays.
+    """Write every question's plots beside the page, and its tables between its marks in it, the long ones
+    folded; the rest of the page stays.
 
     Raises:
         UsageError: the page has no marks for a question.
@@ -346,17 +308,17 @@ def write_doc(path: Path, results: dict[str, dict[str, Any]]) -> None:
     text = path.read_text(encoding="utf-8")
     for question, result in results.items():
         begin = MARK.format(question)
-        found = re.search(re.escape(begin) + r".*?" + re.escape(END), text, re.S)
-        if found is None:
+        place = re.search(re.escape(begin) + r".*?" + re.escape(END), text, re.S)
+        if place is None:
             raise UsageError(f"{path}: no place for question {question}; add {begin} and {END}")
         plots = write_plots(path.with_suffix(""), result, judged(result))
-        first, *rest = tables(result)
-        parts = [markdown(first)]
+        found = tables(result)
+        shown = 1 + (contrasts_table(result) is not None)
+        parts = [markdown(table) for table in found[:shown]]
         parts += [f"![{result['title']}]({p.relative_to(path.parent).as_posix()})" for p in plots]
-        parts.append("\n".join(f"- {line}" for line in findings(result)))
-        if rest:
+        if rest := found[shown:]:
             details = "\n\n".join(map(markdown, rest))
             parts.append(f"<details><summary>{DETAILS}</summary>\n\n{details}\n\n</details>")
-        body = "\n\n".join(part for part in parts if part)
-        text = f"{text[: found.start()]}{begin}\n\n{body}\n\n{END}{text[found.end() :]}"
+        body = "\n\n".join(parts)
+        text = f"{text[: place.start()]}{begin}\n\n{body}\n\n{END}{text[place.end() :]}"
     path.write_text(text, encoding="utf-8")
