@@ -12,8 +12,7 @@ from tools.tables import Column, Table
 def why_tables(result: dict[str, Any]) -> Iterator[Table]:
     """Gradients, calibration and chunks, for every measurement."""
     for found in result["why"]:
-        edges = found["edges"]
-        bins = [f"t {a:g}-{b:g}" for a, b in pairwise(edges)]
+        bins = _bins(found)
         for when in ("start", "after"):
             at = "at the start" if when == "start" else f"after training {found['trained']}"
             where = f"data {found['data']}, {at}"
@@ -32,9 +31,19 @@ def why_tables(result: dict[str, Any]) -> Iterator[Table]:
                     yield _by_bins(f"{title}: {where}", "objective", bins, rows, digits=3)
             if found[when]["chunks"]:
                 yield _chunk_table(f"Chunks: {where}", bins, found[when]["chunks"])
-        calibrated = {"student, start": found["start"], f"student, {found['trained']}": found["after"]}
-        if "teacher" in found:
-            calibrated["teacher"] = found["teacher"]
+    yield from calibration_tables(result["why"])
+
+
+def calibration_tables(measured: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """Of the student and its teacher, where the teacher was asked as the student is. The text is the same for
+    every dataset: the first measurement will do."""
+    for found in [w for w in measured if "teacher" in w][:1]:
+        bins = _bins(found)
+        calibrated = {
+            "student, start": found["start"],
+            f"student, {found['trained']}": found["after"],
+            "teacher": found["teacher"],
+        }
         rows = tuple(
             (f"{who}, T {T}: {what}", *(c[f"T {T}"][field] for c in data["calibration"]))
             for who, data in calibrated.items()
@@ -44,9 +53,11 @@ def why_tables(result: dict[str, Any]) -> Iterator[Table]:
         right = tuple(
             (f"{who}: accuracy", *(c["accuracy"] for c in d["calibration"])) for who, d in calibrated.items()
         )
-        yield _by_bins(
-            f"Calibration on validation text ({found['data']})", "who", bins, right + rows, digits=3
-        )
+        yield _by_bins("Calibration on validation text", "who", bins, right + rows, digits=3)
+
+
+def _bins(found: dict[str, Any]) -> list[str]:
+    return [f"t {a:g}-{b:g}" for a, b in pairwise(found["edges"])]
 
 
 def _by_bins(title: str, first: str, bins: Sequence[str], rows: Any, *, digits: int) -> Table:
