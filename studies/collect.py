@@ -98,6 +98,8 @@ def _arm(
         "name": arm.name,
         "objective": arm.objective,
         "data": arm.data,
+        "codec": plan.study.data[arm.data].codec,
+        "bytes_per_position": data[0]["totals"]["bytes"] / data[0]["totals"]["masked"],
         "against": arm.against,
         "settings": choice.settings,
         "tried": choice.tried,

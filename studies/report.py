@@ -82,9 +82,11 @@ def arms_table(result: dict[str, Any]) -> Table:
     """A row per arm, and the ends of the scale."""
     has_control = result["control"] is not None
     has_chunks = any(a["above_half"] is not None for a in result["arms"])
+    has_codecs = len({a["codec"] for a in result["arms"]}) > 1
     columns = [
         Column(label="arm", align="left"),
         Column(label="chosen", align="left"),
+        *([Column(label="bytes per masked position", digits=0)] if has_codecs else []),
         Column(label=f"{BITS} [95 %]"),
         Column(label="difference [95 %, paired]"),
         Column(label="seeds"),
@@ -96,13 +98,15 @@ def arms_table(result: dict[str, Any]) -> Table:
     ]
     rows: list[tuple[Cell, ...]] = []
     for name, value in _references(result):
-        rows.append((name, "–", f"{value:.{DIGITS}f}", *[None] * (len(columns) - 3)))
+        own = [None] if has_codecs else []
+        rows.append((name, "–", *own, f"{value:.{DIGITS}f}", *[None] * (len(columns) - 3 - len(own))))
     for j in judged(result):
         d, c = j.difference, j.from_control
         rows.append(
             (
                 j.name,
                 settings(j.arm),
+                *([j.arm["bytes_per_position"]] if has_codecs else []),
                 shown_interval(*j.bits.triple, digits=DIGITS),
                 None if d is None else shown_interval(*d.triple, digits=DIGITS),
                 None if d is None else d.agree,
