@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 WIDTH, ROW = 8.0, 0.27
 """Inches: of a plot, and of a line of the forest plot."""
+FAR = 0.1
+"""Bits per byte from where on differences are drawn on a logarithmic scale, if any is far larger."""
 MARKERS = "os^Dv<>"
 """Lines are told apart without colours too."""
 
@@ -47,6 +49,9 @@ def write_plots(folder: Path, result: dict[str, Any], arms: Sequence[Judged]) ->
                 axes.plot((d.low, d.high), (row, row), color="#5f7d8c", lw=1.5)
                 axes.plot(d.value, row, "o", ms=5, color="#2f7ed8", mfc="#2f7ed8" if sure else "white")
             axes.axvline(0, color="#888888", lw=0.8)
+            if max(abs(d.value) for _, d in against) > 3 * FAR:
+                axes.set_xscale("symlog", linthresh=FAR, linscale=2)
+                axes.set_xticks([-FAR, 0, FAR, 1], ["−0.1", "0", "0.1", "1"])
             axes.set_yticks(range(len(against)), [name for name, _ in against])
             axes.invert_yaxis()
             several = any(j.other != result["baseline"] for j in arms)
