@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     if result["codecs"]:
         from tools.benches.codec import tables as codec_tables
 
-        found += codec_tables(result["codecs"]["sides"])
+        of = f"SmolLM2-135M, V = {result['codecs']['vocabulary']:,}"
+        found += [replace(t, title=f"{of}: {t.title}") for t in codec_tables(result["codecs"]["sides"])]
     return found
 
 
