@@ -22,9 +22,9 @@ from student.loader import RowSource
 from student.objective import Objective
 
 SHARE = 0.25
-"""Of the rows of an objective with teacher targets, where stored views repeat. In the study (docs/study.md) it
-gains KL of weight 1 0.008 bits per byte where a view is met 3.25 times and 0.117 at 13 times; KL of weight 4,
-beside which CE counts for less, loses 0.011 at 3.25 times and gains 0.003 at 6.5 and 0.035 at 13."""
+"""Of the rows of an objective with teacher targets, where stored views repeat. In the study (docs/study.md)
+it gains KL of weight 1 0.008 bits per byte where a view is met 3.25 times and 0.117 at 13 times; KL of weight
+4, beside which CE counts for less, loses 0.011 at 3.25 times and gains 0.003 at 6.5 and 0.035 at 13."""
 IID = NoiseConfig(views=1, timesteps="iid", unit="token", compdemo=False)
 
 
